@@ -1,0 +1,35 @@
+"""The policy as a Hugging Face folder that transformers and vLLM load."""
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megasd.policy.policy import Policy
+from megasd.weights.hf_folder import write_hf_folder
+
+
+def export_hf(policy: Policy, source: str | Path, target: Path, *, replace: bool) -> None:
+    """Write the weights as they are; config and tokenizer come from `source`. Called by all ranks.
+
+    `replace`: an existing `target` gives way once the new one is complete. Raises ValueError on
+    every rank when rank 0 cannot write; `target` is then as it was.
+    """
+    tensors = policy.full_tensors()
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            new = target.with_name(f"{target.name}.new") if replace and target.exists() else target
+            if new is not target:
+                shutil.rmtree(new, ignore_errors=True)
+            write_hf_folder(new, tensors, source)
+            if new is not target:
+                shutil.rmtree(target)
+                new.rename(target)
+        except ValueError as error:
+            failure = [str(error)]
+    for _ in tensors:  # the rest of a walk that all ranks take together
+        pass
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise ValueError(failure[0])

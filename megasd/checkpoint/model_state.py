@@ -1,0 +1,106 @@
+"""The policy as a sharded state dict: weights, optimizer, teacher, random states of every rank."""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
+
+from megasd.policy.megatron_fixes import unshare_step
+from megasd.policy.policy import Policy
+
+# The one format of the optimizer's state that can be cut anew for another layout.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
+    """What `dist_checkpointing` saves, and the template of what it loads."""
+    model = policy.state.gpt.sharded_state_dict()
+    state: dict[str, Any] = {
+        "model": model,
+        "optimizer": policy.state.optimizer.sharded_state_dict(
+            model, is_loading=loading, metadata=_METADATA
+        ),
+        "random": ShardedObject(
+            "random", random_state(), (dist.get_world_size(),), (dist.get_rank(),)
+        ),
+        "scheduler": policy.state.scheduler.state_dict(),
+        "version": policy.version,
+        "skipped_steps": policy.skipped_steps,
+    }
+    if policy.teacher.tensors:
+        state["teacher"] = _teacher(policy)
+    return state
+
+
+def _teacher(policy: Policy) -> dict[str, Any]:
+    """The model's own description of its shards, with the teacher's values in it."""
+    shards: dict[str, Any] = {}
+    for name, shard in policy.state.gpt.sharded_state_dict().items():
+        if name not in policy.teacher.tensors:
+            continue
+        tensor = policy.teacher.tensors[name]
+        if isinstance(shard, ShardedTensor):
+            shards[name] = replace(shard, data=tensor, dtype=tensor.dtype)
+        else:
+            assert isinstance(shard, ShardedTensorFactory), f"{name}: {type(shard)}"
+            shards[name] = replace(shard, data=tensor)
+    missing = policy.teacher.tensors.keys() - shards.keys()
+    assert not missing, f"teacher weights without a shard: {sorted(missing)}"
+    add_prefix_for_sharding(shards, "teacher.")
+    return shards
+
+
+@torch.no_grad()
+def restore_state(policy: Policy, state: dict[str, Any]) -> None:
+    """Put a loaded state dict in place."""
+    incompatible = policy.state.gpt.load_state_dict(state["model"], strict=False)
+    missing = [name for name in incompatible.missing_keys if not name.endswith("_extra_state")]
+    if missing or incompatible.unexpected_keys:
+        raise ValueError(
+            f"the checkpoint is of another model: missing {missing}, "
+            f"unexpected {incompatible.unexpected_keys}"
+        )
+    policy.state.optimizer.load_state_dict(state["optimizer"])
+    unshare_step(policy.state.optimizer)
+    for name, tensor in policy.teacher.tensors.items():
+        tensor.copy_(state["teacher"][name])
+    policy.state.scheduler.load_state_dict(state["scheduler"])
+    policy.version = state["version"]
+    policy.skipped_steps = state["skipped_steps"]
+    set_random_state(state["random"])
+
+
+def random_state() -> dict[str, Any]:
+    """Every generator that code of this process may draw from."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": _tracker().get_states(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    _tracker().set_states(state["megatron"])
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None, "Megatron's random states are set up with its process groups"
+    return tracker

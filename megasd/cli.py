@@ -1,0 +1,221 @@
+"""The command line. Imports nothing heavy: what a command needs is imported when it runs.
+
+Exit codes: 0 done, 2 the user's input cannot be used (one sentence per fault on stderr).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from megasd import __version__
+from megasd.algorithms import ALGORITHMS, load_algorithm
+from megasd.config import (
+    COMMAND_LINE,
+    Config,
+    ConfigError,
+    Loaded,
+    differing_keys,
+    is_within,
+    read_config,
+    to_yaml,
+)
+from megasd.metrics.run_folder import CONFIG_FILE
+from megasd.plan import plan
+from megasd.validate import check_run, validate
+
+MAY_CHANGE = ("run.steps", "checkpoint", "metrics", "evaluation")  # when a run is resumed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command, returns the exit code."""
+    args = _parse(arguments)
+    try:
+        args.run(args)
+    except ConfigError as error:
+        if _is_first_rank():  # every rank finds the same
+            _print_errors(error.errors)
+        return 2
+    except ValueError as error:
+        if not _is_ours(error.__traceback__):
+            raise  # from a library: not a sentence for users, the traceback is needed
+        # Perhaps this rank alone met it: every rank speaks.
+        _print_errors([str(error) if _is_first_rank() else f"rank {_rank()}: {error}"])
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="megasd", description="Post-train a language model that is its own teacher."
+    )
+    parser.add_argument("--version", action="version", version=f"megasd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model as a config file says, or resume a run",
+        usage="megasd train CONFIG [key=value ...] [--dry-run [--world-size N]]\n"
+        "       megasd train [CONFIG] --resume RUN_FOLDER [key=value ...]",
+        description="Every process of the run starts this command (srun, torchrun). key=value "
+        "overrides the config file: optimizer.lr=1e-6. Of a resumed run only run.steps, "
+        "checkpoint.*, metrics.* and evaluation.* may change.",
+    )
+    train.add_argument("items", nargs="*", metavar="CONFIG | key=value")
+    train.add_argument("--resume", metavar="RUN_FOLDER", help="continue its newest checkpoint")
+    train.add_argument(
+        "--dry-run", action="store_true", help="validate, print config and plan, and stop"
+    )
+    train.add_argument("--world-size", type=int, metavar="N", help="processes a dry run plans for")
+    train.set_defaults(run=_train)
+
+    algorithms = commands.add_parser("algorithms", help="list the algorithms")
+    algorithms.add_argument("--json", action="store_true", help="as one JSON object")
+    algorithms.set_defaults(run=_algorithms)
+
+    export = commands.add_parser("export", help="write a run's policy as a Hugging Face folder")
+    export.add_argument("run_folder", metavar="RUN_FOLDER")
+    export.add_argument("--to", required=True, metavar="FOLDER", help="must not exist or be empty")
+    export.set_defaults(run=_export)
+
+    args, rest = parser.parse_known_args(arguments)
+    if args.run is _train and not any(item.startswith("-") for item in rest):
+        args.items += rest  # overrides behind an option, which argparse does not gather
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _train(args: argparse.Namespace) -> None:
+    path = next((item for item in args.items if "=" not in item), None)
+    overrides = [item for item in args.items if item is not path]
+    world_size = _world_size(args)
+    if args.resume is not None:
+        loaded = _read_resumed(Path(args.resume), path, overrides)
+    elif path is not None:
+        loaded = read_config(path, overrides)
+    else:
+        raise ConfigError([f"{COMMAND_LINE}: no config file; name one, or --resume RUN_FOLDER"])
+
+    # Only one rank looks: it may make the folder before the others get here.
+    new_run = _is_first_rank() and args.resume is None and not args.dry_run
+    if errors := loaded.errors + validate(loaded, world_size=world_size, new_run=new_run):
+        raise ConfigError(errors)
+    assert loaded.config is not None, "what could not be read is an error"
+    if args.dry_run:
+        _print_dry_run(loaded.config, world_size, resumed=args.resume is not None)
+        return
+    from megasd.run import start_training
+
+    start_training(loaded.config, resume=args.resume is not None)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
+def _is_first_rank() -> bool:
+    return not (_rank().isdecimal() and int(_rank()) > 0)
+
+
+def _world_size(args: argparse.Namespace) -> int:
+    if args.world_size is None:
+        name = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_NTASKS"
+        size = os.environ.get(name, "1")
+        if not size.isdecimal() or int(size) < 1:
+            raise ConfigError([f"environment: {name}={size}: not a number of processes; unset it"])
+        return int(size)
+    if not args.dry_run or args.world_size < 1:
+        raise ConfigError(
+            [
+                f"{COMMAND_LINE}: --world-size {args.world_size}: plans a --dry-run for 1 process "
+                "or more; a run takes it from its launcher"
+            ]
+        )
+    return args.world_size
+
+
+def _read_resumed(folder: Path, path: str | None, overrides: list[str]) -> Loaded:
+    """The configuration to continue the run in `folder` with; with a CONFIG it must be the same."""
+    folder = _run_folder(folder)
+    loaded = read_config(folder / CONFIG_FILE, overrides)
+    rule = "a resumed run may only change run.steps, checkpoint.*, metrics.* and evaluation.*"
+    errors = [
+        f"{COMMAND_LINE}: {key}: {rule}; leave it out, or start a new run"
+        for key, source in loaded.sources.items()
+        if source == COMMAND_LINE and not is_within(key, MAY_CHANGE)
+    ]
+    errors += loaded.errors
+    saved = loaded.config
+    if path is not None:
+        loaded = read_config(path, overrides)
+        errors += loaded.errors
+        if saved is not None and loaded.config is not None and not loaded.errors:
+            errors += [
+                f"{loaded.source(key)}: {key}: differs from {folder / CONFIG_FILE}, and {rule}; "
+                "resume with the config and the model of the run, or start a new run"
+                for key in differing_keys(saved, loaded.config)
+                if not is_within(key, (*MAY_CHANGE, "run.directory"))
+            ]
+    config = loaded.config
+    if config is not None:  # the folder may have been moved, or the working directory be another
+        where = dataclasses.replace(config.run, directory=str(folder.parent), name=folder.name)
+        config = dataclasses.replace(config, run=where)
+    return dataclasses.replace(loaded, config=config, errors=list(dict.fromkeys(errors)))
+
+
+def _run_folder(folder: Path) -> Path:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            [f"{folder}: not a run folder, it holds no {CONFIG_FILE}; name the folder of a run"]
+        )
+    return folder.resolve()
+
+
+def _print_dry_run(config: Config, world_size: int, *, resumed: bool) -> None:
+    print(to_yaml(config))
+    print(plan(config, world_size))
+    if not resumed:
+        for note in check_run(config, new_run=True):
+            print(f"megasd: note: {note}", file=sys.stderr)
+
+
+def _algorithms(args: argparse.Namespace) -> None:
+    papers = {name: load_algorithm(name)[0].paper for name in ALGORITHMS}
+    if args.json:
+        print(json.dumps(papers))
+        return
+    width = max(map(len, papers))
+    for name, paper in papers.items():
+        print(f"{name:{width}}  {paper}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    run_folder, target = _run_folder(Path(args.run_folder)), Path(args.to)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError([f"--to {target}: exists and is not an empty folder; choose another"])
+    from megasd.run import export_run
+
+    export_run(run_folder, target)
+
+
+def _print_errors(errors: Sequence[str]) -> None:
+    for error in errors:
+        print(f"megasd: error: {error}", file=sys.stderr)
+
+
+def _is_ours(traceback: TracebackType | None) -> bool:
+    """True if megasd's own code raised: its ValueErrors are sentences for users."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    return str(traceback.tb_frame.f_globals.get("__name__")).startswith("megasd.")
+
+
+if __name__ == "__main__":  # checkpoints are saved from processes that import this module anew
+    sys.exit(main())

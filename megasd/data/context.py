@@ -1,0 +1,116 @@
+"""Views: what the student reads, and what a teacher reads on top of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megasd.data.config import ContextConfig
+from megasd.data.tokenizer import encode_chat
+from megasd.types import Rollout, Verdict, View
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Group = Sequence[tuple[Rollout, Verdict]]
+"""All rollouts of one prompt in one step with their verdicts, the rollout itself among them."""
+
+Source = Callable[[Rollout, Group], str | None]
+"""The privileged text for one rollout; None where the source has nothing."""
+
+
+def answer(rollout: Rollout, group: Group) -> str | None:
+    """The final ground-truth answer only."""
+    return rollout.prompt.answer
+
+
+def solution(rollout: Rollout, group: Group) -> str | None:
+    """A verified solution or trace."""
+    return rollout.prompt.solution
+
+
+SOURCES: Mapping[str, Source] = {"answer": answer, "solution": solution}
+
+
+def student_view(rollout: Rollout) -> View:
+    """The plain prompt and the response."""
+    return View(prompt_ids=rollout.prompt.token_ids, response_ids=rollout.token_ids)
+
+
+class PrivilegedContext:
+    """Builds one teacher role's views (algorithms.md section 2, "Contexts").
+
+    The source's text stands in `config.template` at the end of the last user message, under the
+    chat template with the generation header; the response ids are the rollout's own, never
+    tokenised again. Two budgets hold: `config.max_tokens` for the source's text, and
+    `max_context_tokens` for the whole view. Only the end of the source's text is ever cut: where
+    not one of its tokens fits, the rollout is without context.
+
+    `num_cut` and `num_without_room` count rollouts since this object was made.
+    """
+
+    def __init__(
+        self,
+        config: ContextConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template_options: Mapping[str, Any],
+        *,
+        max_context_tokens: int,
+    ) -> None:
+        if "{context}" not in config.template:
+            raise ValueError("context.template must hold {context}, where the privileged text goes")
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "model.path: the tokenizer has no fast form, which cutting a privileged context "
+                "needs; convert it to a tokenizer.json."
+            )
+        self.num_cut = 0
+        self.num_without_room = 0
+        self._config = config
+        self._tokenizer = tokenizer
+        self._options = chat_template_options
+        self._max_context_tokens = max_context_tokens
+        # The rollouts of a group mostly share their privileged text.
+        self._encode = lru_cache(maxsize=1024)(self._encode_uncached)
+
+    def view(self, rollout: Rollout, group: Group = ()) -> View | None:
+        """The teacher's view of `rollout`; None where it is without context."""
+        text = SOURCES[self._config.source](rollout, group)
+        if text is None and self._config.fall_back_to_answer:
+            text = answer(rollout, group)
+        if text is None or not text.strip():
+            return None
+        messages = tuple((m["role"], m["content"]) for m in rollout.prompt.messages)
+        room = self._max_context_tokens - len(rollout.token_ids)
+        keep = self._config.max_tokens
+        while True:
+            prompt_ids, num_kept, is_cut = self._encode(messages, text, keep)
+            excess = len(prompt_ids) - room
+            if excess <= 0:
+                break
+            # Each round keeps at least one token less; merges at the cut can cost a second round.
+            keep = num_kept - excess
+            if keep <= 0:
+                self.num_without_room += 1
+                return None
+        self.num_cut += is_cut
+        return View(prompt_ids=prompt_ids, response_ids=rollout.token_ids)
+
+    def _encode_uncached(
+        self, messages: tuple[tuple[str, str], ...], text: str, keep: int
+    ) -> tuple[np.ndarray, int, bool]:
+        """Teacher prompt with the first `keep` tokens of `text`; how many it has; was it cut."""
+        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        is_cut = len(offsets) > keep
+        if is_cut:
+            # Where the next token starts, not where the last one ends: a character that is cut
+            # in two by byte-level tokens is left out.
+            text = text[: offsets[keep][0]]
+        *earlier, (role, content) = messages
+        content += self._config.template.replace("{context}", text)
+        chat = [{"role": r, "content": c} for r, c in (*earlier, (role, content))]
+        prompt_ids = encode_chat(self._tokenizer, chat, self._options)
+        return prompt_ids, min(keep, len(offsets)), is_cut

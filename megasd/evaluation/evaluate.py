@@ -1,0 +1,88 @@
+"""avg@k on held-out prompts: sample, judge, count."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megasd.evaluation.config import EvaluationConfig
+from megasd.evaluation.statistics import average_at_k, pass_at_k
+from megasd.rewards.scorer import Scorer
+from megasd.rollout.engine import Request, RolloutEngine
+from megasd.rollout.spread import Spread
+from megasd.types import Prompt, Rollout, Verdict
+
+
+def evaluate(
+    engine: RolloutEngine | None,
+    scorer: Scorer | None,
+    prompts: Sequence[Prompt],
+    config: EvaluationConfig,
+    *,
+    seed: int,
+    max_response_tokens: int,
+    success_threshold: float,
+    spread: Spread,
+) -> dict[str, float]:
+    """Held-out figures of the weights that the engines hold, the same on every rank.
+
+    Called by all ranks; engine and scorer are None on those that do not sample. Samples from the
+    whole distribution (no top-p, no top-k), with seeds that do not depend on the step, so that
+    two evaluations differ by their weights only. A response is right when its reward reaches
+    `success_threshold`; one whose verifier failed is counted in `evaluation/reward_errors` and
+    left out of the accuracy.
+    """
+    requests = [
+        Request(
+            prompt=prompt,
+            group_id=place,
+            sample=sample,
+            seed=_request_seed(seed, prompt.index, sample),
+            temperature=config.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_response_tokens=max_response_tokens,
+        )
+        for place, prompt in enumerate(prompts[: config.max_prompts])
+        for sample in range(config.samples)
+    ]
+
+    def sample_and_judge(share: Sequence[Request]) -> list[tuple[Rollout, Verdict]]:
+        assert engine is not None
+        assert scorer is not None
+        rollouts = engine.generate(list(share))
+        return list(zip(rollouts, scorer.score(rollouts), strict=True))
+
+    judged = spread.map(requests, sample_and_judge)
+    return summarise(judged, samples=config.samples, seed=seed, success_threshold=success_threshold)
+
+
+def summarise(
+    judged: Sequence[tuple[Rollout, Verdict]],
+    *,
+    samples: int,
+    seed: int,
+    success_threshold: float,
+) -> dict[str, float]:
+    """The figures of judged responses; rollouts of one prompt share their group_id, from 0."""
+    groups = np.array([rollout.group_id for rollout, _ in judged], dtype=np.int64)
+    is_judged = np.array([verdict.error is None for _, verdict in judged])
+    is_right = is_judged & np.array([v.reward >= success_threshold for _, v in judged])
+    right = np.bincount(groups, weights=is_right).astype(np.int64).tolist()
+    counted = np.bincount(groups, weights=is_judged).astype(np.int64).tolist()
+    accuracy = average_at_k(right, counted, seed=seed)
+    return {
+        "evaluation/accuracy": accuracy.mean,
+        "evaluation/accuracy_low": accuracy.low,
+        "evaluation/accuracy_high": accuracy.high,
+        f"evaluation/pass_at_{samples}": pass_at_k(right, counted, samples, seed=seed).mean,
+        "evaluation/response_length": float(np.mean([len(r.token_ids) for r, _ in judged])),
+        "evaluation/truncated": float(np.mean([r.finish_reason == "length" for r, _ in judged])),
+        "evaluation/reward_errors": float((~is_judged).sum()),
+        "evaluation/responses": float(len(judged)),
+    }
+
+
+def _request_seed(seed: int, prompt: int, sample: int) -> int:
+    """A stream of its own for each response, apart from those of training."""
+    sequence = np.random.SeedSequence([seed, prompt, sample], spawn_key=(1,))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,56 @@
+"""When held-out evaluation is due, and on what."""
+
+from collections.abc import Sequence
+
+from megasd.evaluation.config import EvaluationConfig
+from megasd.evaluation.evaluate import evaluate
+from megasd.rewards.scorer import Scorer
+from megasd.rollout.engine import RolloutEngine
+from megasd.rollout.spread import Spread
+from megasd.types import Prompt
+
+
+class Evaluator:
+    """`evaluate()` is called by all ranks once the engines hold the weights to judge."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        prompts: Sequence[Prompt],
+        *,
+        engine: RolloutEngine | None,
+        scorer: Scorer | None,
+        spread: Spread,
+        seed: int,
+        max_response_tokens: int,
+        success_threshold: float,
+    ) -> None:
+        self.config = config
+        self.prompts = prompts
+        self._engine = engine
+        self._scorer = scorer
+        self._spread = spread
+        self._seed = seed
+        self._max_response_tokens = max_response_tokens
+        self._success_threshold = success_threshold
+
+    @property
+    def has_prompts(self) -> bool:
+        return bool(self.prompts)
+
+    def is_due(self, step: int) -> bool:
+        """Before step `step`: the first, then every `evaluation.every`."""
+        every = self.config.every
+        return self.has_prompts and (step == 0 or (every > 0 and step % every == 0))
+
+    def evaluate(self) -> dict[str, float]:
+        return evaluate(
+            self._engine,
+            self._scorer,
+            self.prompts,
+            self.config,
+            seed=self._seed,
+            max_response_tokens=self._max_response_tokens,
+            success_threshold=self._success_threshold,
+            spread=self._spread,
+        )

@@ -1,0 +1,45 @@
+"""The trainer and the engine disagree on log-probs: how much, and the weight that mends it."""
+
+import numpy as np
+import torch
+
+from megasd.types import PerToken, TokenMask
+
+
+def mismatch_ratio(old_logprobs: PerToken, rollout_logprobs: PerToken) -> PerToken:
+    """exp(old - rollout): trainer over engine; the difference is clamped to +-20."""
+    return (old_logprobs - rollout_logprobs).clamp(-20.0, 20.0).exp()
+
+
+def mismatch_weights(
+    old_logprobs: PerToken, rollout_logprobs: PerToken, *, clip: float
+) -> PerToken:
+    """Truncated importance sampling: a token's loss is multiplied by min(mismatch_ratio, clip)."""
+    return mismatch_ratio(old_logprobs, rollout_logprobs).clamp(max=clip)
+
+
+def mismatch_metrics(
+    old_logprobs: PerToken, rollout_logprobs: PerToken, mask: TokenMask
+) -> dict[str, float]:
+    """How far the engine was from the trainer, over the tokens of `mask`; {} when there are none.
+
+    With x = old - rollout and w = mismatch_ratio, not truncated: mean and 99th percentile
+    (linear interpolation) of |x|; the share of |x| above 0.1; `kl_rollout_to_old`, the mean of
+    the k3 estimate exp(x) - 1 - x of KL(rollout, old), the engine having sampled; and the
+    effective sample size (sum w)^2 / (n sum w^2), 1 when all weights are equal.
+    """
+    if not mask.any():
+        return {}
+    old, rollout = old_logprobs[mask].double(), rollout_logprobs[mask].double()
+    difference, weights = old - rollout, mismatch_ratio(old, rollout)
+    size = difference.abs()
+    return {
+        "abs_mean": size.mean().item(),
+        # torch.quantile refuses more than 2**24 values; a batch may hold more tokens.
+        "abs_p99": float(np.quantile(size.cpu().numpy(), 0.99)),
+        "share_above_0.1": (size > 0.1).double().mean().item(),
+        "kl_rollout_to_old": (weights - 1 - torch.log(weights)).mean().item(),
+        "effective_sample_size": (
+            weights.sum().square() / weights.square().sum() / len(weights)
+        ).item(),
+    }

@@ -1,0 +1,48 @@
+"""From per-token to scalar: the only place that divides by a number of tokens or rollouts."""
+
+from typing import Literal, assert_never
+
+import torch
+
+from megasd.types import PerToken, TokenIndex
+
+Reduction = Literal["token_mean", "sequence_mean", "constant"]
+
+
+def reduction_weights(
+    reduction: Reduction,
+    path: TokenIndex,
+    rollout_ids: TokenIndex,
+    *,
+    num_rollouts: int,
+    max_response_tokens: int,
+) -> PerToken:
+    """Weight of every token of ONE global mini-batch: its loss is sum(token_loss x weight).
+
+    `num_rollouts` bounds `rollout_ids`; `path` is `Credit.path`. Every path p >= 0 has its own
+    denominators, over its own tokens; path -1 weighs 0. With length_i = tokens of rollout i in p
+    and R = rollouts with length_i > 0:
+
+    - token_mean (DAPO, arXiv:2503.14476): 1 / sum_i length_i
+    - sequence_mean (GRPO, arXiv:2402.03300): 1 / (length_i R)
+    - constant (Dr. GRPO, arXiv:2503.20783): 1 / (max_response_tokens R)
+
+    A path's weights sum to 1, but `constant` ones to mean length / max_response_tokens.
+    Each is the float64 quotient rounded once to float32.
+    """
+    paths, index = torch.unique(path, return_inverse=True)
+    lengths = torch.bincount(
+        index * num_rollouts + rollout_ids, minlength=len(paths) * num_rollouts
+    )
+    lengths = lengths.view(len(paths), num_rollouts).double()
+    counted_rollouts = (lengths > 0).sum(dim=1).double()
+    match reduction:
+        case "token_mean":
+            denominators = lengths.sum(dim=1)[index]
+        case "sequence_mean":
+            denominators = lengths[index, rollout_ids] * counted_rollouts[index]
+        case "constant":
+            denominators = max_response_tokens * counted_rollouts[index]
+        case _:
+            assert_never(reduction)
+    return torch.where(path >= 0, 1.0 / denominators, 0.0).float()

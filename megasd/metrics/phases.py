@@ -1,0 +1,56 @@
+"""Where the seconds of a step go."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal, get_args
+
+Phase = Literal["rollout", "reward", "score", "update", "sync", "evaluation", "checkpoint"]
+MODEL_PHASES: tuple[Phase, ...] = ("rollout", "score", "update", "sync")
+
+
+class Phases:
+    """`with phases("rollout"):` adds to a phase; `finish_step` reports them and starts anew.
+
+    Seconds of the wall clock on this rank, waiting for other ranks included. Phases do not nest:
+    a second that counts twice would hide one that is lost.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._step_began = clock()
+        self._seconds: dict[Phase, float] = {}
+        self._current: Phase | None = None
+
+    @contextlib.contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        assert phase in get_args(Phase), f"{phase} is not one of {get_args(Phase)}"
+        assert self._current is None, f"{phase} began inside {self._current}"
+        self._current = phase
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - began
+            self._current = None
+
+    def finish_step(self, num_tokens: float) -> dict[str, float]:
+        """`time/<phase>` of the phases that ran, `time/step`, and two figures of speed.
+
+        Both figures leave evaluation out: `speed/outside_model` = 1 - (rollout + score + update
+        + sync) / (step - evaluation), and `speed/tokens_per_second`, `num_tokens` (response
+        tokens of the step) over the same seconds. What runs after the call, a checkpoint say,
+        belongs to the next step.
+        """
+        now = self._clock()
+        wall = now - self._step_began
+        training = wall - self._seconds.get("evaluation", 0.0)
+        in_model = sum(self._seconds.get(phase, 0.0) for phase in MODEL_PHASES)
+        report = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        report["time/step"] = wall
+        if training > 0:
+            report["speed/outside_model"] = 1.0 - in_model / training
+            report["speed/tokens_per_second"] = num_tokens / training
+        self._step_began = now
+        self._seconds = {}
+        return report

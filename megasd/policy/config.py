@@ -1,0 +1,50 @@
+"""Config sections of the policy: model, parallel layout, teacher weights, optimizer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`model:` the Hugging Face folder that the policy starts from."""
+
+    path: str = "???"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of compute; the optimizer keeps float32
+    max_context_tokens: int | None = None  # prompt + response; null: max_position_embeddings
+    recompute: Literal["none", "full"] = "none"  # full: keep one activation per layer
+    head_chunk_tokens: int = 1024  # tokens whose logits exist at the same time
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """`parallel:` how the model is cut. What is left of the world size is data parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False  # activations between tensor-parallel regions are cut along tokens
+    timeout_seconds: int = 1800  # of a collective, before the run is declared dead
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """`teacher:` the weights that read the privileged context."""
+
+    weights: Literal["live", "snapshot", "ema", "frozen"] = "live"
+    every: int = 10  # snapshot: steps between copies
+    decay: float = 0.99  # ema: phi <- decay phi + (1 - decay) theta, once per batch
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`optimizer:` AdamW, its schedule, and how a batch becomes optimizer steps."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0  # where cosine and linear end
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after `warmup_steps`
+    warmup_steps: int = 0  # optimizer steps from 0 to lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_grad_norm: float = 1.0  # 0: no clipping; a non-finite norm always skips the step
+    minibatches_per_step: int = 1  # optimizer steps per rollout batch
+    max_tokens_per_microbatch: int = 16384  # of one forward pass; whole sequences only

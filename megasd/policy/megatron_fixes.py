@@ -1,0 +1,112 @@
+"""What megatron-core 0.16 gets wrong for us: one named function per fault, each with a test.
+
+Three concern the distributed optimizer over torch's AdamW, which Megatron falls back to when
+neither Transformer Engine nor apex is installed; with their FusedAdam they do nothing.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def _adams(optimizer: ChainedOptimizer) -> Iterator[torch.optim.Adam]:
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam):  # AdamW is one
+            yield part.optimizer
+
+
+def allocate_adam_state(optimizer: ChainedOptimizer) -> None:
+    """Give AdamW its state before the first step.
+
+    Megatron's `state_dict` and `load_state_dict` assume that it exists; saving a run whose first
+    step was skipped, or loading into a fresh process, fails without.
+    """
+    for adam in _adams(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def leave_step_out_of_parameter_state(optimizer: ChainedOptimizer) -> None:
+    """Keep AdamW's 0-dimensional `step` out of the per-parameter tensors of a checkpoint.
+
+    Megatron flattens and cuts every entry of the state like the parameter itself; `step` travels
+    in the param groups anyway.
+    """
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part, DistributedOptimizer) or not isinstance(
+            part.optimizer, torch.optim.Adam
+        ):
+            continue
+        get: Any = part._get_main_param_and_optimizer_states
+        write = part._set_main_param_and_optimizer_states
+
+        def get_without(parameter: Any, get: Any = get) -> dict[str, Any]:
+            return {name: value for name, value in get(parameter).items() if name != "step"}
+
+        def write_without(
+            parameter: Any, tensors: Any, part: Any = part, write: Any = write
+        ) -> None:
+            group, place = part.model_param_group_index_map[parameter]
+            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+            write(parameter, {**tensors, "step": state["step"]})
+
+        instance: Any = part
+        instance._get_main_param_and_optimizer_states = get_without
+        instance._set_main_param_and_optimizer_states = write_without
+
+
+def leave_bucket_padding_out_of_offsets(optimizer: ChainedOptimizer) -> None:
+    """Read each parameter's optimizer state where it is when a buffer has several buckets.
+
+    The reshardable checkpoint lays the buckets end to end without the padding between them, and
+    then reads parameters at their offsets with it. An embedding that is tied across pipeline
+    stages has a bucket of its own, so every other parameter of its stage is saved shifted.
+    """
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        real = part.sharded_param_state_fully_reshardable
+
+        def state(*args: Any, part: Any = part, real: Any = real, **kwargs: Any) -> Any:
+            padded = [buffer.param_index_map for buffer in part.buffers]
+            try:
+                for buffer in part.buffers:
+                    buffer.param_index_map = offsets_without_padding(buffer)
+                return real(*args, **kwargs)
+            finally:
+                for buffer, offsets in zip(part.buffers, padded, strict=True):
+                    buffer.param_index_map = offsets
+
+        instance: Any = part
+        instance.sharded_param_state_fully_reshardable = state
+
+
+def offsets_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """A buffer's (start, end, bucket) by parameter, as if its buckets stood end to end."""
+    padding, compact_start = [], 0
+    for bucket in buffer.buckets:
+        padding.append(bucket.offset - compact_start)
+        compact_start += bucket.numel_unpadded
+    return {
+        parameter: (start - padding[bucket], end - padding[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
+def unshare_step(optimizer: ChainedOptimizer) -> None:
+    """After loading, give every parameter its own `step`.
+
+    Megatron puts one tensor in the state of all parameters, and AdamW adds 1 to it once for each.
+    """
+    for adam in _adams(optimizer):
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()

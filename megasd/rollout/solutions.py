@@ -1,0 +1,58 @@
+"""The engine of supervised training: replays the dataset's solutions as responses."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from megasd.rollout.engine import Request, response_text
+from megasd.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class SolutionsEngine:
+    """A response is the prompt's solution and the end-of-sequence token.
+
+    A longer one is cut at `max_response_tokens`, without that token. Nothing is sampled: log-probs
+    are None and `policy_version`, which means nothing here, is 0.
+    """
+
+    needs_weights: ClassVar[bool] = False
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        raise RuntimeError("the solutions engine needs no weights: do not gather them for it")
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        return [self._replay(request) for request in requests]
+
+    def _replay(self, request: Request) -> Rollout:
+        prompt, limit = request.prompt, request.max_response_tokens
+        if prompt.solution is None:
+            raise ValueError(
+                f"{prompt.where}: the row has no solution to train on; "
+                "add one, or choose an algorithm that samples responses"
+            )
+        solution = self._tokenizer.encode(prompt.solution, add_special_tokens=False)
+        whole = np.array([*solution, self._tokenizer.eos_token_id], dtype=np.int64)
+        return Rollout(
+            prompt=prompt,
+            group_id=request.group_id,
+            sample=request.sample,
+            token_ids=whole[:limit],
+            logprobs=None,
+            text=response_text(self._tokenizer, whole[:limit]),
+            finish_reason="stop" if len(whole) <= limit else "length",
+            policy_version=0,
+        )
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...

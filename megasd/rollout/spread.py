@@ -1,0 +1,48 @@
+"""A list of work, cut over the ranks that do it, and its results in order on every rank."""
+
+import itertools
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Spread:
+    """`map` is called by all ranks with the same items; workers take contiguous shares.
+
+    `worker` is this rank's place among the `num_workers` that work (None: it only receives). What
+    one worker raises is raised on every rank, naming the rank: nobody is left waiting.
+    """
+
+    def __init__(self, worker: int | None, num_workers: int) -> None:
+        assert worker is None or 0 <= worker < num_workers
+        self.worker = worker
+        self.num_workers = num_workers
+
+    def map(
+        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
+    ) -> list[Result]:
+        results: Sequence[Result] = []
+        failure = None
+        if self.worker is not None:
+            start, end = (
+                len(items) * w // self.num_workers for w in (self.worker, self.worker + 1)
+            )
+            try:
+                results = work(items[start:end])
+                assert len(results) == end - start, "one result per item"
+            except Exception:
+                failure = traceback.format_exc()
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (self.worker, list(results), failure))
+        for rank, (_, _, one_failure) in enumerate(everywhere):
+            if one_failure is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{one_failure}")
+        in_order = sorted(
+            ((w, part) for w, part, _ in everywhere if w is not None), key=lambda pair: pair[0]
+        )
+        return list(itertools.chain.from_iterable(part for _, part in in_order))

@@ -1,0 +1,1 @@
+"""What tests of this project, and of code built on it, need: spawned ranks, tiny models."""

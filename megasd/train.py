@@ -1,0 +1,68 @@
+"""The training loop: one page, in the order things happen. Every rank runs it."""
+
+from dataclasses import dataclass
+
+from megasd.algorithms.base import Algorithm
+from megasd.checkpoint.checkpoints import Checkpoints
+from megasd.evaluation.evaluator import Evaluator
+from megasd.experience import Collector, Reader, step_metrics
+from megasd.metrics.phases import Phases
+from megasd.metrics.records import Metrics
+from megasd.policy.policy import Policy
+from megasd.rollout.sync import WeightSync
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run, assembled by megasd/run.py."""
+
+    algorithm: Algorithm
+    policy: Policy
+    sync: WeightSync  # trainer weights to the engines that sample
+    collector: Collector
+    reader: Reader  # student and teacher log-probs
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    metrics: Metrics
+    steps: int
+    minibatches: int
+
+
+def train(job: Job) -> None:
+    """Train from the first step that is not in a checkpoint to the last, then evaluate."""
+    algorithm, policy, phases = job.algorithm, job.policy, Phases()
+    for step in range(job.checkpoints.next_step, job.steps):
+        values: dict[str, float] = {}
+        evaluates = job.evaluator.is_due(step)
+        if job.sync.feeds_training or evaluates:
+            with phases("sync"):
+                job.sync.send(policy)
+        if evaluates:
+            with phases("evaluation"):
+                values |= job.evaluator.evaluate()
+
+        experience = job.collector.collect(step, phases)
+
+        # Student and teacher read the same response tokens after different contexts.
+        with phases("score"):
+            batch, scored = job.reader.read(experience, step)
+            credit = algorithm.assign_credit(batch, step)
+
+        with phases("update"):
+            views, offsets = experience.student_views, experience.offsets
+            updates = [
+                policy.update(views, offsets, batch, credit, algorithm, minibatch=minibatch)
+                for minibatch in range(job.minibatches)
+            ]
+            policy.teacher.after_batch(step, updated=not all(u.skipped for u in updates))
+
+        values |= scored | step_metrics(experience, batch, updates)
+        values["data/epoch"] = job.collector.prompts.epoch
+        values |= phases.finish_step(experience.metrics["rollout/tokens"])
+        job.metrics.log(step, values)
+        with phases("checkpoint"):
+            job.checkpoints.save_if_due(step, last=step + 1 == job.steps)
+
+    if job.evaluator.has_prompts:
+        job.sync.send(policy)
+        job.metrics.log(job.steps, job.evaluator.evaluate())

@@ -1,0 +1,160 @@
+"""What ranks run for the tests of checkpoints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megasd.types import Prompt
+from tests.distributed import policy_cases as cases
+
+
+def _a_run(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    policy = cases.make_policy(folder, settings)
+    from megasd.checkpoint.checkpoints import Checkpoints
+    from megasd.checkpoint.config import CheckpointConfig
+    from megasd.data.prompts import Prompts
+
+    prompts = Prompts(
+        [Prompt(index=i, messages=(), token_ids=np.array([i])) for i in range(7)], seed=0
+    )
+    return policy, prompts, Checkpoints(CheckpointConfig(keep=2), run_folder, policy, prompts)
+
+
+def _learn(policy: Any, prompts: Any, steps: range) -> list[Any]:
+    views = cases.random_views(5, count=7, vocab=121)
+    offsets = cases.offsets_of(views)
+    seen = []
+    for step in steps:
+        batch, credit = cases.batch_and_credit(views, seed=100 + step)
+        result = policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
+        policy.teacher.after_batch(step, updated=True)
+        drawn = [prompt.index for prompt in prompts.next(3)]
+        teacher = policy.score_teacher(views, offsets).logprobs.numpy().copy()
+        seen.append((result.metrics, drawn, torch.rand(3).tolist(), teacher))
+    return seen
+
+
+def _everything(policy: Any, seen: list[Any]) -> dict[str, Any]:
+    return {"seen": seen, "weights": cases.weights_of(policy), "version": policy.version}
+
+
+def save_in_the_middle(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> Any:
+    policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
+    _learn(policy, prompts, range(3))
+    checkpoints.save(3)
+    return _everything(policy, _learn(policy, prompts, range(3, 6)))
+
+
+def resume(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> Any:
+    torch.manual_seed(12345)  # the saved state must win
+    policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
+    checkpoints.restore()
+    assert checkpoints.next_step == 3
+    return _everything(policy, _learn(policy, prompts, range(3, 6)))
+
+
+def read_weights_in_another_layout(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    policy = cases.make_policy(folder, settings)
+    from megasd.checkpoint.checkpoints import restore_weights
+
+    restore_weights(policy, run_folder)
+    return cases.weights_of(policy)
+
+
+def weights_after_three_steps(folder: Path, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    policy, prompts, _ = _a_run(folder, folder, settings)
+    _learn(policy, prompts, range(3))
+    return cases.weights_of(policy)
+
+
+def fail_to_save(folder: Path, run_folder: Path, failing_rank: int) -> list[int]:
+    """A save that breaks on one rank, as on a full disk: every rank hears of it."""
+    import torch.distributed as dist
+
+    policy, prompts, checkpoints = _a_run(folder, run_folder, {})
+    from megatron.core import dist_checkpointing
+
+    from megasd.checkpoint import checkpoints as module
+
+    checkpoints.save(1)
+    real = dist_checkpointing.save
+
+    def save(state: Any, path: str) -> None:
+        (Path(path) / "half_written").write_bytes(b"x" * 100)
+        if dist.get_rank() == failing_rank:
+            raise OSError(28, "No space left on device")
+
+    dist_checkpointing.save = save
+    try:
+        checkpoints.save(2)
+    except module.SaveError as error:
+        assert "No space left on device" in str(error)
+        assert f"rank {failing_rank}" in str(error)
+        assert "--resume" in str(error)
+    else:
+        raise AssertionError("nobody noticed")
+    finally:
+        dist_checkpointing.save = real
+    checkpoints.restore()  # the earlier one is still good
+    assert checkpoints.next_step == 1
+    return module.saved_steps(run_folder / "checkpoints")
+
+
+def megatron_faults(folder: Path, run_folder: Path) -> dict[str, bool]:
+    """Whether each fault that policy/megatron_fixes.py mends is still there."""
+    policy, prompts, checkpoints = _a_run(folder, run_folder, {})
+    from megatron.core import dist_checkpointing
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    from megasd.checkpoint.model_state import sharded_state
+
+    _learn(policy, prompts, range(1))
+    checkpoints.save(1)
+    found = {}
+    bare = get_megatron_optimizer(
+        policy.state.optimizer.config, [policy.state.ddp], use_gloo_process_groups=False
+    )
+    found["no state before the first step"] = not bare.chained_optimizers[0].optimizer.state
+    parameter = next(iter(bare.chained_optimizers[0].model_param_group_index_map))
+    adam = policy.state.optimizer.chained_optimizers[0]
+    with_step = type(adam)._get_main_param_and_optimizer_states(adam, parameter)
+    found["step among the parameter's tensors"] = "step" in with_step
+    state: Any = dist_checkpointing.load(
+        sharded_state(policy, loading=True), str(run_folder / "checkpoints" / "step_000001")
+    )
+    with torch.no_grad():
+        policy.state.optimizer.load_state_dict(state["optimizer"])
+    steps = [s["step"] for s in adam.optimizer.state.values()]
+    found["one step for all parameters"] = len({step.data_ptr() for step in steps}) < len(steps)
+    return found
+
+
+def offset_fault(folder: Path) -> tuple[bool, bool]:
+    """On the last of two stages: is another parameter's state saved, bare and with our mend?"""
+    policy = cases.make_policy(folder, {"pipeline": 2})
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    (part,) = policy.state.optimizer.chained_optimizers
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+    def saves_the_wrong_values(read: Any) -> bool:
+        model = policy.state.gpt.sharded_state_dict()
+        saved = {tensors["param"].key: tensors["param"].data for tensors in read(model).values()}
+        own = policy.parameters["decoder.layers.0.mlp.linear_fc2.weight"]
+        key = f"optimizer.state.param.{model['decoder.layers.0.mlp.linear_fc2.weight'].key}"
+        return not torch.equal(saved[key], own.detach())
+
+    bare = saves_the_wrong_values(
+        lambda model: DistributedOptimizer.sharded_param_state_fully_reshardable(
+            part, model, False, metadata
+        )
+    )
+    mended = saves_the_wrong_values(
+        lambda model: part.sharded_param_state_fully_reshardable(model, False, metadata)
+    )
+    return bare, mended

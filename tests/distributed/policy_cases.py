@@ -1,0 +1,132 @@
+"""What ranks run for the tests of the policy: module-level functions, so that they can be spawned."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from megasd.algorithms.base import Needs
+from megasd.losses.config import MismatchConfig
+from megasd.losses.reduce import Reduction
+from megasd.types import Credit, ResponseBatch, StudentOutput, TokenLoss, View
+
+LEARNING_RATE = 1e-3
+STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainLoss:
+    """-logprob - 0.1 entropy of each token, weighed by its advantage: touches all of the head."""
+
+    needs: ClassVar[Needs] = Needs()
+    reduction: Reduction = "token_mean"
+
+    def token_loss(self, student: StudentOutput, batch: ResponseBatch, credit: Credit) -> TokenLoss:
+        loss = -(student.logprobs + 0.1 * student.entropy) * credit.advantages
+        return TokenLoss(loss, {"seen": torch.ones_like(loss)})
+
+
+def random_views(seed: int, count: int, vocab: int, longest: int = 24) -> list[View]:
+    """Prompts and responses of very different lengths, single-token responses among them.
+
+    Without token 0, the padding: transformers keeps its embedding from learning, we do not.
+    """
+    draw = np.random.default_rng(seed)
+    return [
+        View(
+            prompt_ids=draw.integers(1, vocab, draw.integers(1, longest)),
+            response_ids=draw.integers(1, vocab, 1 if i == 0 else draw.integers(1, longest)),
+        )
+        for i in range(count)
+    ]
+
+
+def offsets_of(views: list[View]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum([len(view.response_ids) for view in views])])
+
+
+def batch_and_credit(views: list[View], seed: int) -> tuple[ResponseBatch, Credit]:
+    """A batch of one mini-batch with random advantages, some exactly 0 and some tokens left out."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([len(view.response_ids) for view in views])
+    num_tokens = int(lengths.sum())
+    batch = ResponseBatch(
+        rewards=torch.zeros(len(views)),
+        group_ids=torch.arange(len(views)) // 2,
+        minibatch_ids=torch.zeros(len(views), dtype=torch.int64),
+        rollout_ids=torch.repeat_interleave(torch.arange(len(views)), lengths),
+        response_mask=torch.ones(num_tokens, dtype=torch.bool),
+        max_response_tokens=32,
+    )
+    left_out = torch.rand(num_tokens, generator=draw) < 0.2
+    credit = Credit(
+        advantages=torch.randn(num_tokens, generator=draw),
+        token_weights=torch.rand(num_tokens, generator=draw),
+        path=torch.where(left_out, -1, 0),
+    )
+    return batch, credit
+
+
+def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """A policy on this rank; `settings` may set tensor, pipeline, sequence, and sections' keys."""
+    from megasd.policy import backend
+    from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
+
+    started = backend.start("cpu")
+    from megasd.policy.policy import Policy
+
+    return Policy(
+        model=ModelConfig(
+            path=str(folder),
+            dtype=settings.get("dtype", "float32"),
+            recompute=settings.get("recompute", "none"),
+            head_chunk_tokens=settings.get("chunk", 7),
+        ),
+        parallel=ParallelConfig(
+            tensor=settings.get("tensor", 1),
+            pipeline=settings.get("pipeline", 1),
+            sequence=settings.get("sequence", False),
+        ),
+        optimizer=OptimizerConfig(
+            lr=LEARNING_RATE,
+            weight_decay=0.0,
+            clip_grad_norm=settings.get("clip", 1.0),
+            max_tokens_per_microbatch=settings.get("max_tokens", 96),
+            warmup_steps=settings.get("warmup", 0),
+            schedule=settings.get("schedule", "constant"),
+        ),
+        teacher=TeacherConfig(**settings.get("teacher", {})),
+        backend=started,
+        temperature=settings.get("temperature", 1.0),
+        mismatch=MismatchConfig(level="off"),
+        total_steps=settings.get("total_steps", 10),
+        seed=0,
+    )
+
+
+def weights_of(policy: Any) -> dict[str, np.ndarray]:
+    return {name: tensor.float().numpy().copy() for name, tensor in policy.full_tensors()}
+
+
+def score_and_learn(folder: Path, settings: Mapping[str, Any], seed: int, vocab: int) -> dict:
+    """Scores before, three optimizer steps, scores after, and the final weights."""
+    policy = make_policy(folder, settings)
+    views = random_views(seed, count=11, vocab=vocab)
+    offsets = offsets_of(views)
+    before = policy.score(views, offsets)
+    updates = []
+    for step in range(STEPS):
+        batch, credit = batch_and_credit(views, seed=100 + step)
+        updates.append(policy.update(views, offsets, batch, credit, PlainLoss(), minibatch=0))
+    after = policy.score(views, offsets)
+    return {
+        "before": [x.numpy() for x in before],
+        "after": [x.numpy() for x in after],
+        "metrics": [update.metrics for update in updates],
+        "first_logprobs": updates[0].logprobs.numpy(),
+        "first_read": updates[0].read.numpy(),
+        "weights": weights_of(policy),
+    }

@@ -1,0 +1,79 @@
+"""A resumed run is the run that was never stopped; a failed save costs nothing but itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megasd.testing.ranks import Ranks
+from megasd.testing.tiny import tiny_qwen3
+from tests.distributed import checkpoint_cases as cases
+
+LAYOUTS = {
+    "1 rank": (1, {}),
+    "DP2": (2, {}),
+    "TP2 SP PP2": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+}
+TEACHERS = {
+    "ema": {"weights": "ema", "decay": 0.5},
+    "snapshot": {"weights": "snapshot", "every": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tied: across pipeline stages the embedding then stands twice, in a bucket of its own."""
+    return tiny_qwen3(tmp_path_factory.mktemp("model"), vocab=121, norm_spread=0.2, tie=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "teacher"),
+    [("1 rank", "snapshot"), ("1 rank", "ema"), ("DP2", "ema"), ("TP2 SP PP2", "ema")],
+)
+def test_a_resumed_run_repeats_every_bit(
+    layout: str, teacher: str, folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    world_size, settings = LAYOUTS[layout]
+    # Warm-up, decay and bfloat16's master weights are state too.
+    settings = settings | {"teacher": TEACHERS[teacher], "warmup": 4, "schedule": "cosine"}
+    if teacher == "snapshot":
+        settings["dtype"] = "bfloat16"
+    whole = ranks.run(cases.save_in_the_middle, folder, tmp_path, settings, world_size=world_size)
+    resumed = ranks.run(cases.resume, folder, tmp_path, settings, world_size=world_size)
+    for rank, (one, other) in enumerate(zip(whole, resumed, strict=True)):
+        np.testing.assert_equal(other, one, err_msg=f"{layout}, rank {rank}")
+
+
+def test_weights_load_in_another_layout(folder: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Saved at TP2 SP PP2, read by one rank: the odd vocabulary is padded differently."""
+    world_size, settings = LAYOUTS["TP2 SP PP2"]
+    settings = settings | {"teacher": TEACHERS["ema"]}
+    ranks.run(cases.save_in_the_middle, folder, tmp_path, settings, world_size=world_size)
+    (expected, *_) = ranks.run(
+        cases.weights_after_three_steps, folder, settings, world_size=world_size
+    )
+    (read,) = ranks.run(cases.read_weights_in_another_layout, folder, tmp_path, {}, world_size=1)
+    np.testing.assert_equal(read, expected)
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_full_disk_leaves_the_previous_checkpoint_good(
+    failing_rank: int, folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    results = ranks.run(cases.fail_to_save, folder, tmp_path, failing_rank, world_size=2)
+    assert results == [[1], [1]]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_megatrons_faults_are_still_there(folder: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Goes red when Megatron mends one: then its function in policy/megatron_fixes.py goes."""
+    (found,) = ranks.run(cases.megatron_faults, folder, tmp_path, world_size=1)
+    assert all(found.values()), found
+
+
+def test_the_offsets_of_a_tied_embeddings_stage_are_still_wrong_in_megatron(
+    folder: Path, ranks: Ranks
+) -> None:
+    first_stage, last_stage = ranks.run(cases.offset_fault, folder, world_size=2)
+    assert last_stage == (True, False)
+    assert first_stage[1] is False

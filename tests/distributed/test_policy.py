@@ -1,0 +1,104 @@
+"""The policy equals Hugging Face, in every layout: what is scored, what is learned."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megasd.losses.reduce import reduction_weights
+from megasd.testing.ranks import Ranks
+from megasd.testing.tiny import tiny_qwen3
+from tests.distributed import policy_cases as cases
+
+LAYOUTS = {
+    "1 rank": (1, {}),
+    "1 rank, other packing": (1, {"max_tokens": 50, "chunk": 1000}),
+    "1 rank, recompute": (1, {"recompute": "full"}),
+    "TP2": (2, {"tensor": 2}),
+    "TP2 SP": (2, {"tensor": 2, "sequence": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "DP2": (2, {}),
+    "DP4": (4, {}),
+    "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}),
+    "TP2 SP PP2": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "TP2 DP2": (4, {"tensor": 2}),
+    "PP2 DP2": (4, {"pipeline": 2}),
+}
+SEED = 5
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An odd vocabulary, so that TP pads it; norms that matter; RoPE with a base of its own."""
+    return tiny_qwen3(
+        tmp_path_factory.mktemp("model"),
+        tie=request.param == "tied",
+        vocab=121,
+        norm_spread=0.2,
+        init_scale=0.15,
+        rope_theta=50_000.0,
+    )
+
+
+@cache
+def reference(folder: Path) -> dict:
+    """The same in transformers, one unpadded sequence at a time, with torch's own AdamW."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    views = cases.random_views(SEED, count=11, vocab=121)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cases.LEARNING_RATE, weight_decay=0.0)
+
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropy = [], []
+        for view in views:
+            ids = torch.from_numpy(np.concatenate([view.prompt_ids, view.response_ids]))
+            table = model(ids[None]).logits[0].log_softmax(-1)[len(view.prompt_ids) - 1 : -1]
+            logprobs.append(table.gather(1, torch.from_numpy(view.response_ids)[:, None])[:, 0])
+            entropy.append(-(table.exp() * table).sum(-1))
+        return torch.cat(logprobs), torch.cat(entropy)
+
+    with torch.no_grad():
+        before = [x.numpy() for x in read()]
+    losses, norms = [], []
+    for step in range(cases.STEPS):
+        batch, credit = cases.batch_and_credit(views, seed=100 + step)
+        logprobs, entropy = read()
+        weights = credit.token_weights * (credit.path == 0) / (credit.path == 0).sum()
+        loss = (-(logprobs + 0.1 * entropy) * credit.advantages * weights).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        losses.append(float(loss))
+        optimizer.step()
+    with torch.no_grad():
+        after = [x.numpy() for x in read()]
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    return {"before": before, "after": after, "loss": losses, "norm": norms, "weights": weights}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_scores_and_learns_as_hugging_face_does(
+    layout: str, folder: Path, ranks: Ranks
+) -> None:
+    world_size, settings = LAYOUTS[layout]
+    expected = reference(folder)
+    results = ranks.run(cases.score_and_learn, folder, settings, SEED, 121, world_size=world_size)
+    for rank, result in enumerate(results):
+        where = f"{layout}, rank {rank}"
+        for name, ours, theirs in zip(
+            ("logprobs", "entropy"), result["before"], expected["before"]
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0, err_msg=f"{where} {name}")
+        losses = [metrics["loss"] for metrics in result["metrics"]]
+        norms = [metrics["grad_norm"] for metrics in result["metrics"]]
+        np.testing.assert_allclose(losses, expected["loss"], rtol=1e-4, atol=1e-6, err_msg=where)
+        np.testing.assert_allclose(norms, expected["norm"], rtol=1e-4, err_msg=where)
+        for ours, theirs in zip(result["after"], expected["after"]):
+            np.testing.assert_allclose(ours, theirs, atol=5e-4, rtol=0, err_msg=where)
+        assert result["weights"].keys() == expected["weights"].keys()
+        for name, weight in result["weights"].items():
+            np.testing.assert_allclose(
+                weight, expected["weights"][name], atol=2e-4, rtol=0, err_msg=f"{where} {name}"
+            )

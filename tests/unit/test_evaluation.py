@@ -1,0 +1,109 @@
+"""Held-out evaluation with an engine and a scorer that do as they are told, on one rank."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from megasd.evaluation.config import EvaluationConfig
+from megasd.evaluation.evaluate import evaluate
+from megasd.rollout.engine import Request
+from megasd.types import Prompt, Rollout, Verdict
+
+PROMPTS = [
+    Prompt(index=10 * number, messages=(), token_ids=np.array([number])) for number in range(4)
+]
+
+
+class OneRank:
+    """A Spread whose only rank does all the work."""
+
+    def map(self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+        return work(items)
+
+
+class Engine:
+    """Response s of prompt p has p + s + 1 tokens; longer than the limit it is cut there."""
+
+    requests: Sequence[Request] = ()
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        self.requests = requests
+        return [self._rollout(request) for request in requests]
+
+    def _rollout(self, request: Request) -> Rollout:
+        length = request.prompt.index // 10 + request.sample + 1
+        limit = request.max_response_tokens
+        return Rollout(
+            prompt=request.prompt,
+            group_id=request.group_id,
+            sample=request.sample,
+            token_ids=np.zeros(min(length, limit), dtype=np.int64),
+            logprobs=None,
+            text="",
+            finish_reason="stop" if length <= limit else "length",
+            policy_version=0,
+        )
+
+
+class Scorer:
+    """Pays rewards[prompt][sample]; None is a verifier that failed."""
+
+    def __init__(self, rewards: Sequence[Sequence[float | None]]) -> None:
+        self.rewards = rewards
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        rewards = [self.rewards[r.prompt.index // 10][r.sample] for r in rollouts]
+        return [Verdict(error="hung") if r is None else Verdict(reward=r) for r in rewards]
+
+
+def run(
+    rewards: Sequence[Sequence[float | None]], engine: Engine | None = None, **config: Any
+) -> dict[str, float]:
+    return evaluate(
+        cast(Any, Engine() if engine is None else engine),
+        cast(Any, Scorer(rewards)),
+        PROMPTS,
+        EvaluationConfig(samples=len(rewards[0]), **config),
+        seed=5,
+        max_response_tokens=3,
+        success_threshold=0.5,
+        spread=cast(Any, OneRank()),
+    )
+
+
+def test_figures_are_those_counted_by_hand() -> None:
+    report = run([[1.0, 0.5], [0.4, 0.0], [0.0, 1.0], [1.0, 0.1]])
+    assert report["evaluation/accuracy"] == pytest.approx((1 + 0 + 0.5 + 0.5) / 4)
+    assert report["evaluation/accuracy_low"] < 0.5 < report["evaluation/accuracy_high"]
+    assert report["evaluation/pass_at_2"] == pytest.approx(3 / 4)
+    assert report["evaluation/response_length"] == pytest.approx((1 + 2 + 2 + 3 * 5) / 8)
+    assert report["evaluation/truncated"] == pytest.approx(3 / 8)
+    assert report["evaluation/reward_errors"] == 0
+    assert report["evaluation/responses"] == 8
+
+
+def test_a_verifier_that_failed_is_counted_and_neither_right_nor_wrong() -> None:
+    report = run([[1.0, None], [0.0, 0.0], [None, None], [1.0, 1.0]])
+    assert report["evaluation/accuracy"] == pytest.approx((1 + 0 + 1) / 3)
+    assert report["evaluation/pass_at_2"] == pytest.approx(1 / 2)
+    assert report["evaluation/reward_errors"] == 3
+
+
+def test_every_response_has_a_seed_of_its_own_that_does_not_depend_on_the_step() -> None:
+    first, again = Engine(), Engine()
+    for engine in (first, again):
+        run([[0.0] * 8] * 4, engine)
+    seeds = [request.seed for request in first.requests]
+    assert len(set(seeds)) == 32
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds == [request.seed for request in again.requests]
+
+
+def test_max_prompts_takes_the_first_rows_and_their_responses_stay_the_same() -> None:
+    all_of_them, first_two = Engine(), Engine()
+    run([[0.0, 1.0]] * 4, all_of_them, temperature=0.7)
+    run([[0.0, 1.0]] * 4, first_two, temperature=0.7, max_prompts=2)
+    assert list(first_two.requests) == list(all_of_them.requests)[:4]
+    assert {request.temperature for request in first_two.requests} == {0.7}

@@ -1,0 +1,93 @@
+"""Packing: nothing lost, nothing doubled, every rank agrees, and the shift is right."""
+
+import numpy as np
+import pytest
+import torch
+
+from megasd.policy.sequences import balance, pack
+from megasd.types import View
+
+RANDOM = np.random.default_rng(0)
+
+
+def a_view(prompt: int, response: int) -> View:
+    ids = RANDOM.integers(0, 1000, prompt + response)
+    return View(prompt_ids=ids[:prompt], response_ids=ids[prompt:])
+
+
+def offsets_of(views: list[View]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum([len(view.response_ids) for view in views])])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_balance_places_each_sequence_once_within_the_budget_and_evenly(num_ranks: int) -> None:
+    lengths = RANDOM.integers(1, 100, 200).tolist()
+    dealt = balance(lengths, max_tokens=256, num_ranks=num_ranks)
+
+    assert sorted(i for rank in dealt for part in rank for i in part) == list(range(200))
+    assert all(sum(lengths[i] for i in part) <= 256 for rank in dealt for part in rank)
+    assert len({len(rank) for rank in dealt}) == 1, "ranks must run as many micro-batches"
+    loads = [sum(lengths[i] for part in rank for i in part) for rank in dealt]
+    assert max(loads) - min(loads) <= 100, "no rank waits for more than one sequence"
+
+
+def test_fewer_sequences_than_ranks_leave_empty_micro_batches_that_still_run() -> None:
+    views = [a_view(3, 2)]
+    batches = [
+        pack(
+            views,
+            offsets_of(views),
+            torch.ones(2, dtype=torch.bool),
+            max_tokens=8,
+            rank=rank,
+            num_ranks=3,
+        )
+        for rank in range(3)
+    ]
+    assert [len(one) for one in batches] == [1, 1, 1]
+    assert sorted(len(one[0].tokens) for one in batches) == [0, 0, 2]
+    assert all(len(one[0].token_ids) >= 1 for one in batches)
+
+
+def test_a_sequence_over_the_budget_is_refused_with_the_keys_that_mend_it() -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_microbatch: 10 .* 11 tokens"):
+        balance([4, 11], max_tokens=10, num_ranks=1)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_each_kept_token_is_read_once_off_the_row_before_it(multiple: int) -> None:
+    views: list[View | None] = [a_view(int(p), int(r)) for p, r in RANDOM.integers(1, 12, (30, 2))]
+    offsets = offsets_of([view for view in views if view is not None])
+    views[3] = None  # nothing is read of this rollout
+    keep = torch.from_numpy(RANDOM.random(int(offsets[-1])) < 0.7)
+    read: dict[int, int] = {}
+    for rank in range(2):
+        for batch in pack(
+            views, offsets, keep, max_tokens=40, rank=rank, num_ranks=2, multiple=multiple
+        ):
+            assert len(batch.token_ids) % multiple == 0
+            assert batch.sequence_starts[-1] == len(batch.token_ids)
+            starts = batch.sequence_starts.tolist()
+            for start, end in zip(starts, starts[1:], strict=False):
+                assert batch.position_ids[start:end].tolist() == list(range(end - start))
+            for row, target, token in zip(
+                batch.rows.tolist(), batch.targets.tolist(), batch.tokens.tolist(), strict=True
+            ):
+                assert token not in read
+                read[token] = target
+                # The row's sequence up to and with the row is exactly what comes before the token.
+                rollout = int(np.searchsorted(offsets, token, side="right")) - 1
+                view = views[rollout]
+                assert view is not None
+                start = max(s for s in starts if s <= row)
+                before = np.concatenate([view.prompt_ids, view.response_ids])
+                place = len(view.prompt_ids) + token - offsets[rollout]
+                assert batch.token_ids[start : row + 1].tolist() == before[:place].tolist()
+    expected = {
+        int(token): int(view.response_ids[token - offsets[i]])
+        for i, view in enumerate(views)
+        if view is not None
+        for token in range(offsets[i], offsets[i + 1])
+        if keep[token]
+    }
+    assert read == expected

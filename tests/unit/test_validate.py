@@ -1,0 +1,241 @@
+"""What only shows when sections, files and model are read together: all of it at once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megasd.config import read_config
+from megasd.plan import plan_ranks
+from megasd.validate import validate
+from tests.unit.workspace import QWEN3, edit_json, faults, make_model, make_workspace, write
+
+
+@pytest.fixture(autouse=True)
+def _inside_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_workspace(tmp_path))
+
+
+def test_the_workspace_is_valid_on_several_layouts() -> None:
+    assert faults() == []
+    assert faults("parallel.tensor=2", "parallel.pipeline=2", world_size=8) == []
+    assert faults("algorithm.name=sft", "rollout.group_size=1") == []
+    assert (
+        faults("evaluation.temperature=0", "rollout.top_p=0.9", "rollout.mismatch.level=off") == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "fragments"),
+    [
+        (["run.name=a/b"], 1, ["run.name: 'a/b' is not a plain folder name; use letters"]),
+        (["run.name=.."], 1, ["run.name: '..' is not a plain folder name"]),
+        (["run.name=train.jsonl", "run.directory=."], 1, ["run.name: train.jsonl is not a folder"]),
+        (["run.steps=0"], 1, ["run.steps: 0 is out of range; set it to 1 or more"]),
+        (["rollout.group_size=-1"], 1, ["rollout.group_size: -1 is out of range"]),
+        (["rollout.temperature=0"], 1, ["rollout.temperature: 0.0", "set it above 0"]),
+        (["rollout.top_p=1.5"], 1, ["rollout.top_p: 1.5", "set it to 1 or less"]),
+        (["optimizer.lr=-1e-6"], 1, ["optimizer.lr: -1e-06", "set it to 0 or more"]),
+        (["optimizer.lr=.nan"], 1, ["optimizer.lr: nan is out of range"]),
+        (["optimizer.clip_grad_norm=.inf"], 1, ["optimizer.clip_grad_norm: inf is out of range"]),
+        (["optimizer.betas=[0.9, 1.0]"], 1, ["optimizer.betas: 1.0", "below 1"]),
+        (["teacher.decay=1"], 1, ["teacher.decay: 1.0", "below 1"]),
+        (["parallel.tensor=0"], 1, ["parallel.tensor: 0 is out of range; set it to 1 or more"]),
+        (["optimizer.minibatches_per_step=0"], 1, ["optimizer.minibatches_per_step: 0 is out"]),
+        (
+            ["parallel.tensor=2", "parallel.pipeline=2"],
+            6,
+            ["parallel.tensor: 2 x parallel.pipeline = 2", "world size 6", "multiple of 4"],
+        ),
+        (["parallel.sequence=true"], 1, ["parallel.sequence: needs parallel.tensor above 1"]),
+        (
+            ["parallel.pipeline=3"],
+            3,
+            ["parallel.pipeline: 3 does not divide the 4 layers (num_hidden_layers) of model.path"],
+        ),
+        (
+            ["parallel.tensor=4"],
+            4,
+            ["parallel.tensor: 4 does not divide the 2 key-value heads", "a divisor of 2"],
+        ),
+        (
+            ["optimizer.minibatches_per_step=3"],
+            1,
+            ["rollout.prompts_per_step: 8 prompts", "optimizer.minibatches_per_step = 3"],
+        ),
+        ([], 3, ["rollout.prompts_per_step: 8 prompts", "3 data-parallel", "a multiple of 3"]),
+        (
+            ["rollout.max_response_tokens=413"],
+            1,
+            [
+                "rollout.max_response_tokens: 413 response tokens",
+                "data.max_prompt_tokens = 100 are more than the context of 512 tokens",
+                "lower one of the two",
+            ],
+        ),
+        (["model.max_context_tokens=199"], 1, ["more than the context of 199 tokens"]),
+        (["model.max_context_tokens=513"], 1, ["model.max_context_tokens: 513", "512 positions"]),
+        (
+            ["context.template='{context}'", "optimizer.max_tokens_per_microbatch=258"],
+            1,
+            ["optimizer.max_tokens_per_microbatch: 258 is less than the 259 tokens", "259 or more"],
+        ),
+        (
+            ["optimizer.max_tokens_per_microbatch=511", "context.max_tokens=4096"],
+            1,
+            ["optimizer.max_tokens_per_microbatch: 511 is less than the 512 tokens"],
+        ),
+        (
+            ["algorithm.name=grpo", "optimizer.max_tokens_per_microbatch=199"],
+            1,
+            ["optimizer.max_tokens_per_microbatch: 199 is less than the 200 tokens"],
+        ),
+        (["optimizer.warmup_steps=11"], 1, ["optimizer.warmup_steps: 11", "10 optimizer steps"]),
+        (
+            ["optimizer.schedule=cosine", "optimizer.min_lr=1"],
+            1,
+            ["optimizer.min_lr: 1.0 is above optimizer.lr = 1e-06; lower it"],
+        ),
+        (
+            ["rollout.group_size=1"],
+            1,
+            ["rollout.group_size: ", "every advantage is 0", "2 or more"],
+        ),
+        (["rollout.top_p=0.9"], 1, ["rollout.top_p: truncated", "rollout.mismatch.level to off"]),
+        (["rollout.top_k=5"], 1, ["rollout.top_k: truncated", "leave it at 0"]),
+        (["context.template=look"], 1, ["context.template: ", "write {context} where"]),
+        (["data.files=[]"], 1, ["data.files: there are no data; name .jsonl"]),
+        (["data.files=[none.jsonl]"], 1, ["data.files: none.jsonl does not exist"]),
+        (["data.files=[train.txt]"], 1, ["data.files: train.txt is neither .jsonl nor .parquet"]),
+        (["data.reasoning_gym.task=chain_sum"], 1, ["data.files: data.reasoning_gym is set too"]),
+        (["data.verifier=maths"], 1, ["data.verifier: no verifier is called 'maths'"]),
+        (["data.answer_pattern=abc"], 1, ["data.answer_pattern: 'abc' has no group"]),
+        (["data.answer_pattern='(a'"], 1, ["data.answer_pattern: ", "not a regular expression"]),
+        (["evaluation.files=[no.jsonl]"], 1, ["evaluation.files: no.jsonl does not exist"]),
+        (["model.path=away"], 1, ["model.path: there is no folder away; download the model"]),
+    ],
+)
+def test_a_bad_combination_is_one_sentence_with_keys_and_remedy(
+    overrides: list[str], world_size: int, fragments: list[str]
+) -> None:
+    (fault,) = faults(*overrides, world_size=world_size)
+    for fragment in fragments:
+        assert fragment in fault
+
+
+def test_longest_sequence_that_fits_the_micro_batch_is_accepted() -> None:
+    """100 + 100 tokens, and for the teacher 50 of context and 9 bytes of template."""
+    assert faults("context.template='{context}'", "optimizer.max_tokens_per_microbatch=259") == []
+    assert faults("algorithm.name=grpo", "optimizer.max_tokens_per_microbatch=200") == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fragments"),
+    [
+        (lambda: Path("model/config.json").unlink(), ["config.json does not exist"]),
+        (lambda: write("model/config.json", "{"), ["config.json is not valid JSON"]),
+        (lambda: edit_json("model/config.json", model_type="bert"), ["'bert'", "supported are"]),
+        (lambda: edit_json("model/config.json", hidden_size=None), ["config.json lacks `hidden"]),
+        (lambda: edit_json("model/config.json", hidden_size=17), ["has shape"]),
+        (lambda: Path("model/model.safetensors").unlink(), ["neither model.safetensors nor"]),
+        (lambda: write("model/model.safetensors", "cut"), ["is cut short or damaged"]),
+        (
+            lambda: write(
+                "model/model.safetensors.index.json", json.dumps({"weight_map": {"a": "b.st"}})
+            ),
+            ["b.st does not exist although", "copy the folder again"],
+        ),
+        (lambda: Path("model/tokenizer.json").unlink(), ["holds no tokenizer"]),
+        (lambda: Path("model/tokenizer_config.json").unlink(), ["no chat template"]),
+        (lambda: shutil.rmtree("model"), ["there is no folder model"]),
+    ],
+)
+def test_a_wrong_or_partial_model_folder_is_one_sentence(spoil, fragments: list[str]) -> None:
+    spoil()
+    (fault,) = faults()
+    assert fault.startswith("config.yaml: model.path: ")
+    for fragment in fragments:
+        assert fragment in fault
+
+
+def test_an_empty_data_file_is_named() -> None:
+    write("train.jsonl", "")
+    assert faults() == ["config.yaml: data.files: train.jsonl is empty; give a file with rows"]
+
+
+def test_a_run_that_exists_is_not_overwritten_but_may_be_resumed() -> None:
+    Path("runs/tried").mkdir(parents=True)
+    assert faults() == []
+    write("runs/tried/config.yaml", "")
+    (fault,) = faults()
+    assert fault.startswith("config.yaml: run.name: runs/tried holds a run already; choose another")
+    assert "--resume runs/tried" in fault
+    assert faults(new_run=False) == []
+
+
+def test_every_fault_is_found_at_once_and_names_the_file_where_its_key_stands() -> None:
+    write("base.yaml", "parallel: {tensor: 4}\nteacher: {every: 0}\nmodel: {dtype: fp8}\n")
+    Path("config.yaml").write_text("extends: base.yaml\n" + Path("config.yaml").read_text())
+    found = faults("data.answer_pattern=x", "rollout.group_size=1", "run.seed=a", world_size=4)
+    assert [fault.split(": ")[:2] for fault in found] == [
+        ["base.yaml", "model.dtype"],
+        ["command line", "run.seed"],
+        ["base.yaml", "teacher.every"],
+        ["command line", "data.answer_pattern"],
+        ["command line", "rollout.group_size"],
+        ["base.yaml", "parallel.tensor"],
+    ]
+
+
+def test_a_fault_is_not_the_cause_of_a_second_sentence() -> None:
+    """No talk of 0 ranks, of a model at "", or of heads that a misspelt size would not divide."""
+    text = Path("config.yaml").read_text().replace("model: {path: model}", "model: {pth: model}")
+    write("other.yaml", text)
+    loaded = read_config("other.yaml", ["parallel.tensor=0", "run.steps=x"])
+    found = loaded.errors + validate(loaded, world_size=1, new_run=True)
+    assert sorted(fault.split(": ")[1] for fault in found) == [
+        "model.path",
+        "model.pth",
+        "parallel.tensor",
+        "run.steps",
+    ]
+
+
+def weights(hf_config: dict, *, norms: bool = True) -> int:
+    """Parameters of a Qwen3 by the text book."""
+    hidden, head, layers = 16, 8, hf_config["num_hidden_layers"]
+    matrices = hidden * head * (4 + 2 + 2 + 4) + 3 * hidden * 24
+    vectors = 2 * hidden + 2 * head
+    heads = 1 if hf_config["tie_word_embeddings"] else 2
+    total = layers * matrices + heads * hf_config["vocab_size"] * hidden
+    return total + (layers * vectors + hidden if norms else 0)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_plan_follows_megatrons_order_and_counts_parameters_exactly(tie: bool) -> None:
+    make_model(Path("model"), tie_word_embeddings=tie)
+    hf_config = {**QWEN3, "tie_word_embeddings": tie}
+
+    def planned(world_size: int, *overrides: str) -> list:
+        config = read_config("config.yaml", overrides).config
+        assert config is not None
+        return list(plan_ranks(config, hf_config, world_size))
+
+    (alone,) = planned(1)
+    assert alone.parameters == weights(hf_config)
+    assert (alone.layers, alone.vocabulary, alone.prompts) == (range(4), range(35), range(8))
+
+    ranks = planned(8, "parallel.tensor=2", "parallel.pipeline=2")
+    assert [(r.tp, r.dp, r.pp) for r in ranks] == [
+        (tp, dp, pp) for pp in (0, 1) for dp in (0, 1) for tp in (0, 1)
+    ]
+    assert [r.layers for r in ranks[::4]] == [range(2), range(2, 4)]
+    assert ranks[1].vocabulary == range(18, 36)  # 35 rows padded to 36
+    assert [r.prompts for r in ranks] == [range(4), None, range(4, 8), None, *[None] * 4]
+    one_replica = sum(r.parameters for r in ranks if r.dp == 0)
+    norms = weights(hf_config) - weights(hf_config, norms=False)
+    # One row of padding for the embedding; the last stage holds a padded copy of it if tied, else
+    # the head's own row of padding.
+    extra_rows = 1 + (36 if tie else 1)
+    assert one_replica == weights(hf_config) + norms + extra_rows * 16
