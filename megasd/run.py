@@ -15,6 +15,7 @@ from megasd.data.context import PrivilegedContext
 from megasd.data.datasets import load_prompts
 from megasd.data.prompts import Prompts
 from megasd.data.tokenizer import load_tokenizer
+from megasd.evaluation.evaluator import Evaluator
 from megasd.metrics.records import Metrics
 from megasd.metrics.run_folder import CONFIG_FILE, create_run_folder
 from megasd.policy import backend
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megasd.checkpoint.checkpoints import Checkpoints
+    from megasd.experience import Collector
     from megasd.policy.policy import Policy
     from megasd.train import Job
 
@@ -93,8 +95,7 @@ def _assemble(
     stack: contextlib.ExitStack,
 ) -> "Job":
     """What the loop runs on this rank; `stack` closes what must be closed."""
-    from megasd.evaluation.evaluator import Evaluator
-    from megasd.experience import Collector, Reader
+    from megasd.experience import Reader
     from megasd.rollout.sync import WeightSync
     from megasd.train import Job
 
@@ -123,38 +124,61 @@ def _assemble(
         algorithm=algorithm,
         policy=policy,
         sync=WeightSync(sampler, feeds_training=not algorithm.needs.solutions),
-        collector=Collector(
-            prompts=data.prompts,
-            engine=source,
-            scorer=scorer,
-            spread=spread,
-            algorithm=algorithm,
-            rollout=config.rollout,
-            reward=config.reward,
-            minibatches=config.optimizer.minibatches_per_step,
-            device=policy.backend.device,
-            seed=config.run.seed,
-        ),
+        collector=_collector(config, data, policy, source, scorer, spread),
         reader=Reader(
             policy,
             algorithm,
             _privileged(config, data.tokenizer),
             minibatches=config.optimizer.minibatches_per_step,
         ),
-        evaluator=Evaluator(
-            config.evaluation,
-            data.held_out,
-            engine=sampler,
-            scorer=scorer,
-            spread=spread,
-            seed=config.run.seed,
-            max_response_tokens=config.rollout.max_response_tokens,
-            success_threshold=config.reward.success_threshold,
-        ),
+        evaluator=_evaluator(config, data, sampler, scorer, spread),
         checkpoints=checkpoints,
         metrics=stack.enter_context(metrics),
         steps=config.run.steps,
         minibatches=config.optimizer.minibatches_per_step,
+    )
+
+
+def _collector(
+    config: Config,
+    data: _Data,
+    policy: "Policy",
+    engine: RolloutEngine | None,
+    scorer: Scorer | None,
+    spread: Spread,
+) -> "Collector":
+    from megasd.experience import Collector
+
+    return Collector(
+        prompts=data.prompts,
+        engine=engine,
+        scorer=scorer,
+        spread=spread,
+        algorithm=config.algorithm,
+        rollout=config.rollout,
+        reward=config.reward,
+        minibatches=config.optimizer.minibatches_per_step,
+        device=policy.backend.device,
+        seed=config.run.seed,
+    )
+
+
+def _evaluator(
+    config: Config,
+    data: _Data,
+    engine: RolloutEngine | None,
+    scorer: Scorer | None,
+    spread: Spread,
+) -> Evaluator:
+    return Evaluator(
+        config.evaluation,
+        data.held_out,
+        engine=engine,
+        scorer=scorer,
+        spread=spread,
+        seed=config.run.seed,
+        max_response_tokens=config.rollout.max_response_tokens,
+        success_threshold=config.reward.success_threshold,
     )
 
 

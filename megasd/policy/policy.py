@@ -90,7 +90,7 @@ class Policy:
             # Megatron's gradient norm counts a parameter on every tensor-parallel rank, or on the
             # first only, by this mark; its layers set it while they draw random weights, which
             # ours never do.
-            parameter.__dict__["tensor_model_parallel"] = row.kind != "replicated"
+            parameter.tensor_model_parallel = row.kind != "replicated"  # pyright: ignore
 
     def score(self, views: Sequence[View | None], offsets: np.ndarray) -> Scores:
         """Log-probs and entropy of the student; tokens of a None view are 0."""

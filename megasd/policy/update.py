@@ -19,7 +19,7 @@ from megasd.policy import forward
 from megasd.policy.head import HeadOutput
 from megasd.policy.sequences import pack
 from megasd.policy.state import PolicyState
-from megasd.types import Credit, PerToken, ResponseBatch, StudentOutput, View
+from megasd.types import Credit, PerToken, ResponseBatch, StudentOutput, TokenLoss, View
 
 
 class _PackedStudent(StudentOutput):
@@ -101,17 +101,8 @@ def update(
     def finish(hidden: Tensor, microbatch: forward.Microbatch) -> tuple[Tensor, None]:
         out = state.read_head(hidden, microbatch, temperature)
         tokens = microbatch.tokens
-        part, own_credit = batch.at(tokens), credit.at(tokens)
-        if part.old_logprobs is None:
-            part = replace(part, old_logprobs=out.logprobs.detach())
-        assert part.old_logprobs is not None
-        result = algorithm.token_loss(_PackedStudent(out), part, own_credit)
-        loss = result.loss
-        if mismatch.level == "token" and part.rollout_logprobs is not None:
-            loss = loss * mismatch_weights(
-                part.old_logprobs, part.rollout_logprobs, clip=mismatch.clip
-            )
-        total = (loss * weights[tokens]).sum()
+        result = _token_loss(out, batch.at(tokens), credit.at(tokens), algorithm, mismatch)
+        total = (result.loss * weights[tokens]).sum()
         if state.layout.speaks:
             values[0, tokens] = out.logprobs.detach()
             values[1, tokens] = out.entropy.detach()
@@ -134,6 +125,23 @@ def update(
     return UpdateResult(
         metrics=metrics, skipped=skipped, logprobs=values[0], entropy=values[1], read=read
     )
+
+
+def _token_loss(
+    out: HeadOutput,
+    batch: ResponseBatch,
+    credit: Credit,
+    algorithm: Algorithm,
+    mismatch: MismatchConfig,
+) -> TokenLoss:
+    """The algorithm's loss on one micro-batch, corrected for the engine's other log-probs."""
+    old = out.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    batch = replace(batch, old_logprobs=old)
+    result = algorithm.token_loss(_PackedStudent(out), batch, credit)
+    if mismatch.level == "off" or batch.rollout_logprobs is None:
+        return result
+    correction = mismatch_weights(old, batch.rollout_logprobs, clip=mismatch.clip)
+    return TokenLoss(result.loss * correction, result.metrics)
 
 
 def _step(state: PolicyState) -> tuple[float, bool]:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or did not answer; the message names it and holds its traceback."""
 
 
@@ -108,5 +108,5 @@ class Ranks:
                     failures.append(f"rank {rank}: {result}")
         if failures:
             self.close()
-            raise RankFailure("\n".join(failures))
+            raise RankError("\n".join(failures))
         return results

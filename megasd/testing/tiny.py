@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 SPECIAL_TOKENS = (
@@ -55,7 +55,7 @@ def tiny_tokenizer(strings: Sequence[str] = QUICKSTART_STRINGS) -> PreTrainedTok
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in strings])
+    tokenizer.add_tokens(list(strings))
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""What ranks run for the tests of the policy: module-level functions, so that they can be spawned."""
+"""What ranks run for the tests of the policy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

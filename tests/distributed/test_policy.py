@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megasd.losses.reduce import reduction_weights
 from megasd.testing.ranks import Ranks
 from megasd.testing.tiny import tiny_qwen3
 from tests.distributed import policy_cases as cases
@@ -63,7 +62,7 @@ def reference(folder: Path) -> dict:
         before = [x.numpy() for x in read()]
     losses, norms = [], []
     for step in range(cases.STEPS):
-        batch, credit = cases.batch_and_credit(views, seed=100 + step)
+        _batch, credit = cases.batch_and_credit(views, seed=100 + step)
         logprobs, entropy = read()
         weights = credit.token_weights * (credit.path == 0) / (credit.path == 0).sum()
         loss = (-(logprobs + 0.1 * entropy) * credit.advantages * weights).sum()
@@ -88,14 +87,14 @@ def test_every_layout_scores_and_learns_as_hugging_face_does(
     for rank, result in enumerate(results):
         where = f"{layout}, rank {rank}"
         for name, ours, theirs in zip(
-            ("logprobs", "entropy"), result["before"], expected["before"]
+            ("logprobs", "entropy"), result["before"], expected["before"], strict=False
         ):
             np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0, err_msg=f"{where} {name}")
         losses = [metrics["loss"] for metrics in result["metrics"]]
         norms = [metrics["grad_norm"] for metrics in result["metrics"]]
         np.testing.assert_allclose(losses, expected["loss"], rtol=1e-4, atol=1e-6, err_msg=where)
         np.testing.assert_allclose(norms, expected["norm"], rtol=1e-4, err_msg=where)
-        for ours, theirs in zip(result["after"], expected["after"]):
+        for ours, theirs in zip(result["after"], expected["after"], strict=False):
             np.testing.assert_allclose(ours, theirs, atol=5e-4, rtol=0, err_msg=where)
         assert result["weights"].keys() == expected["weights"].keys()
         for name, weight in result["weights"].items():

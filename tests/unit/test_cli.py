@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import megasd
+import megasd.data.sources
 from megasd.cli import main
 from megasd.config import load_config, to_yaml
 from tests.unit.workspace import make_workspace, write

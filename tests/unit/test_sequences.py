@@ -1,5 +1,7 @@
 """Packing: nothing lost, nothing doubled, every rank agrees, and the shift is right."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_fewer_sequences_than_ranks_leave_empty_micro_batches_that_still_run() -
 
 
 def test_a_sequence_over_the_budget_is_refused_with_the_keys_that_mend_it() -> None:
-    with pytest.raises(ValueError, match="max_tokens_per_microbatch: 10 .* 11 tokens"):
+    with pytest.raises(ValueError, match=r"max_tokens_per_microbatch: 10 .* 11 tokens"):
         balance([4, 11], max_tokens=10, num_ranks=1)
 
 
@@ -68,7 +70,7 @@ def test_each_kept_token_is_read_once_off_the_row_before_it(multiple: int) -> No
             assert len(batch.token_ids) % multiple == 0
             assert batch.sequence_starts[-1] == len(batch.token_ids)
             starts = batch.sequence_starts.tolist()
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in itertools.pairwise(starts):
                 assert batch.position_ids[start:end].tolist() == list(range(end - start))
             for row, target, token in zip(
                 batch.rows.tolist(), batch.targets.tolist(), batch.tokens.tolist(), strict=True
