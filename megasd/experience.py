@@ -5,6 +5,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,14 +16,16 @@ from megasd.data.prompts import Prompts
 from megasd.losses.mismatch import mismatch_metrics
 from megasd.losses.teacher import teacher_metrics
 from megasd.metrics.phases import Phases
-from megasd.policy.policy import Policy
-from megasd.policy.update import UpdateResult
 from megasd.rewards.config import RewardConfig
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import Request, RolloutEngine
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt, ResponseBatch, Rollout, TeacherScores, Verdict, View
+
+if TYPE_CHECKING:
+    from megasd.policy.policy import Policy
+    from megasd.policy.update import UpdateResult
 
 
 def request_seed(seed: int, step: int, refills: int, prompt: int, sample: int) -> int:
@@ -198,7 +201,7 @@ class Reader:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: "Policy",
         algorithm: Algorithm,
         privileged: PrivilegedContext | None,  # None: the algorithm has no teacher
         *,
@@ -273,7 +276,7 @@ class Reader:
 
 
 def step_metrics(
-    experience: Experience, batch: ResponseBatch, updates: Sequence[UpdateResult]
+    experience: Experience, batch: ResponseBatch, updates: "Sequence[UpdateResult]"
 ) -> dict[str, float]:
     """What a step measured: sampling, its optimizer steps' means, train/rollout mismatch."""
     first = updates[0]

@@ -48,24 +48,26 @@ def offsets_of(views: list[View]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([len(view.response_ids) for view in views])])
 
 
-def batch_and_credit(views: list[View], seed: int) -> tuple[ResponseBatch, Credit]:
+def batch_and_credit(
+    views: list[View], seed: int, device: str = "cpu"
+) -> tuple[ResponseBatch, Credit]:
     """A batch of one mini-batch with random advantages, some exactly 0 and some tokens left out."""
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([len(view.response_ids) for view in views])
     num_tokens = int(lengths.sum())
     batch = ResponseBatch(
-        rewards=torch.zeros(len(views)),
-        group_ids=torch.arange(len(views)) // 2,
-        minibatch_ids=torch.zeros(len(views), dtype=torch.int64),
-        rollout_ids=torch.repeat_interleave(torch.arange(len(views)), lengths),
-        response_mask=torch.ones(num_tokens, dtype=torch.bool),
+        rewards=torch.zeros(len(views), device=device),
+        group_ids=torch.arange(len(views), device=device) // 2,
+        minibatch_ids=torch.zeros(len(views), dtype=torch.int64, device=device),
+        rollout_ids=torch.repeat_interleave(torch.arange(len(views)), lengths).to(device),
+        response_mask=torch.ones(num_tokens, dtype=torch.bool, device=device),
         max_response_tokens=32,
     )
     left_out = torch.rand(num_tokens, generator=draw) < 0.2
     credit = Credit(
-        advantages=torch.randn(num_tokens, generator=draw),
-        token_weights=torch.rand(num_tokens, generator=draw),
-        path=torch.where(left_out, -1, 0),
+        advantages=torch.randn(num_tokens, generator=draw).to(device),
+        token_weights=torch.rand(num_tokens, generator=draw).to(device),
+        path=torch.where(left_out, -1, 0).to(device),
     )
     return batch, credit
 
@@ -75,7 +77,7 @@ def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
     from megasd.policy import backend
     from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 
-    started = backend.start("cpu")
+    started = backend.start(settings.get("device", "cpu"))
     from megasd.policy.policy import Policy
 
     return Policy(
@@ -130,3 +132,73 @@ def score_and_learn(folder: Path, settings: Mapping[str, Any], seed: int, vocab:
         "first_read": updates[0].read.numpy(),
         "weights": weights_of(policy),
     }
+
+
+def learning_rates(folder: Path, settings: Mapping[str, Any], steps: int) -> list[float]:
+    policy = make_policy(folder, {**settings, "total_steps": steps})
+    views = random_views(1, count=2, vocab=100)
+    rates = []
+    for step in range(steps):
+        batch, credit = batch_and_credit(views, seed=step)
+        done = policy.update(views, offsets_of(views), batch, credit, PlainLoss(), minibatch=0)
+        rates.append(done.metrics["lr"])
+    return rates
+
+
+def skip_a_broken_step(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A gradient that is not finite on one data-parallel rank alone, between two good ones."""
+    policy = make_policy(folder, settings)
+    views = random_views(2, count=6, vocab=100)
+    offsets = offsets_of(views)
+    seen = []
+    for step in range(3):
+        batch, credit = batch_and_credit(views, seed=7)
+        if step == 1:
+            broken = credit.advantages.clone()
+            broken[(credit.path == 0).nonzero()[0]] = float("inf")
+            credit = credit._replace(advantages=broken)
+        before = weights_of(policy)
+        done = policy.update(views, offsets, batch, credit, PlainLoss(), minibatch=0)
+        after = weights_of(policy)
+        same = all(np.array_equal(before[name], after[name]) for name in before)
+        seen.append((done.skipped, same, done.metrics["grad_norm"]))
+    return {"seen": seen, "version": policy.version, "skipped": policy.skipped_steps}
+
+
+def mismatch_and_temperature(folder: Path) -> dict[str, Any]:
+    """The loss with an engine whose log-probs differ, beside the scores it should follow from."""
+    from dataclasses import replace
+
+    policy = make_policy(folder, {"temperature": 0.7})
+    policy.mismatch = MismatchConfig(level="token", clip=1.5)
+    views = random_views(3, count=5, vocab=100)
+    offsets = offsets_of(views)
+    scores = policy.score(views, offsets)
+    batch, credit = batch_and_credit(views, seed=1)
+    shift = torch.linspace(-1.0, 1.0, len(batch.rollout_ids))
+    batch = replace(batch, rollout_logprobs=scores.logprobs - shift)
+    done = policy.update(views, offsets, batch, credit, PlainLoss(), minibatch=0)
+    return {
+        "loss": done.metrics["loss"],
+        "logprobs": scores.logprobs,
+        "entropy": scores.entropy,
+        "shift": shift,
+        "credit": tuple(credit),
+    }
+
+
+def spread_work(world_size: int, failing_rank: int | None) -> Any:
+    """Two workers of all ranks square numbers; maybe one of them breaks."""
+    import torch.distributed as dist
+
+    from megasd.rollout.spread import Spread
+
+    rank = dist.get_rank()
+    spread = Spread(rank // 2 if rank % 2 == 0 else None, world_size // 2)
+
+    def work(share: Any) -> list[tuple[int, int]]:
+        if rank == failing_rank:
+            raise KeyError("a verifier is missing")
+        return [(rank, x * x) for x in share]
+
+    return spread.map(list(range(7)), work)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megasd.testing.ranks import Ranks
+from megasd.testing.ranks import RankError, Ranks
 from megasd.testing.tiny import tiny_qwen3
 from tests.distributed import policy_cases as cases
 
@@ -101,3 +101,51 @@ def test_every_layout_scores_and_learns_as_hugging_face_does(
             np.testing.assert_allclose(
                 weight, expected["weights"][name], atol=2e-4, rtol=0, err_msg=f"{where} {name}"
             )
+
+
+def test_the_learning_rate_warms_up_from_one_kth_and_decays_to_its_floor(
+    folder: Path, ranks: Ranks
+) -> None:
+    base = cases.LEARNING_RATE
+    (cosine,) = ranks.run(
+        cases.learning_rates, folder, {"warmup": 2, "schedule": "cosine"}, 6, world_size=1
+    )
+    decay = [base * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(1, 5)]
+    np.testing.assert_allclose(cosine, [base / 2, base, *decay], rtol=1e-6, atol=1e-12)
+    (linear,) = ranks.run(cases.learning_rates, folder, {"schedule": "linear"}, 4, world_size=1)
+    np.testing.assert_allclose(linear, [base * f for f in (0.75, 0.5, 0.25, 0)], atol=1e-12)
+    (constant,) = ranks.run(cases.learning_rates, folder, {"warmup": 4}, 6, world_size=1)
+    np.testing.assert_allclose(constant, [base * f for f in (0.25, 0.5, 0.75, 1, 1, 1)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(
+    world_size: int, folder: Path, ranks: Ranks
+) -> None:
+    for result in ranks.run(cases.skip_a_broken_step, folder, {}, world_size=world_size):
+        (first, broken, last) = result["seen"]
+        assert (first[:2], broken[:2], last[:2]) == ((False, False), (True, True), (False, False))
+        assert np.isfinite(first[2])
+        assert not np.isfinite(broken[2])
+        assert (result["version"], result["skipped"]) == (2, 1)
+
+
+def test_each_tokens_loss_is_corrected_by_the_truncated_mismatch_at_the_sampling_temperature(
+    folder: Path, ranks: Ranks
+) -> None:
+    (found,) = ranks.run(cases.mismatch_and_temperature, folder, world_size=1)
+    advantages, token_weights, path = found["credit"]
+    correction = found["shift"].exp().clamp(max=1.5)
+    loss = -(found["logprobs"] + 0.1 * found["entropy"]) * advantages * correction
+    expected = (loss * token_weights * (path == 0)).sum() / (path == 0).sum()
+    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_work_is_spread_in_order_and_a_workers_error_reaches_every_rank(ranks: Ranks) -> None:
+    expected = [(0, 0), (0, 1), (0, 4), (2, 9), (2, 16), (2, 25), (2, 36)]
+    assert ranks.run(cases.spread_work, 4, None, world_size=4) == [expected] * 4
+    with pytest.raises(RankError) as failure:
+        ranks.run(cases.spread_work, 4, 2, world_size=4)
+    for rank in range(4):
+        assert f"rank {rank}: " in str(failure.value)
+    assert str(failure.value).count("rank 2 failed") == 4

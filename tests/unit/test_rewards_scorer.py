@@ -102,18 +102,6 @@ def test_math_verify_and_reasoning_gym_work_in_the_workers(scorer):
     assert "cannot read the row's answer" in str(unreadable.error)
 
 
-def test_128_cheap_rollouts_take_well_under_100_milliseconds(scorer):
-    entry = {"question": "1 + 2", "answer": "3", "metadata": {}}
-    row = {"task": "chain_sum", "options": {}, "entry": entry}
-    batch = [rollout("reasoning_gym", "<answer>3</answer>", "3", **row)] * 128
-    seconds = []
-    for _ in range(20):  # the best of several: other processes share the machine
-        started = time.perf_counter()
-        scorer.score(batch)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.1
-
-
 def test_binary_rewards_follow_the_success_threshold():
     batch = [rollout(STRANGE + "half", ""), rollout("exact", "7", "7"), rollout("exact", "8", "7")]
     for threshold, expected in [(0.5, [1.0, 1.0, 0.0]), (0.6, [0.0, 1.0, 0.0])]:

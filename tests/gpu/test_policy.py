@@ -1,0 +1,67 @@
+"""The policy on a GPU: the cuda backend, Transformer Engine when it is installed, nccl."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megasd.testing.tiny import tiny_qwen3
+from tests.distributed import policy_cases as cases
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 64, as the fused attention kernels want them."""
+    return tiny_qwen3(
+        tmp_path_factory.mktemp("model"),
+        vocab=128,
+        hidden=256,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        intermediate=512,
+        norm_spread=0.2,
+        tie=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from megasd.policy import backend
+
+    os.environ.pop("RANK", None)
+    backend.join_ranks(backend.start("cuda"), timeout_seconds=60)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    policy = cases.make_policy(folder, {"dtype": "bfloat16", "device": "cuda", "max_tokens": 200})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    views = cases.random_views(5, count=11, vocab=120)
+    offsets = cases.offsets_of(views)
+    scores = policy.score(views, offsets)
+    expected = []
+    with torch.no_grad():
+        for view in views:
+            ids = torch.from_numpy(np.concatenate([view.prompt_ids, view.response_ids]))
+            table = model(ids[None]).logits[0].log_softmax(-1)[len(view.prompt_ids) - 1 : -1]
+            expected.append(table.gather(1, torch.from_numpy(view.response_ids)[:, None])[:, 0])
+    difference = (scores.logprobs.cpu() - torch.cat(expected)).abs()
+    assert difference.mean() < 0.02, "bfloat16 against float32"
+
+    batch, credit = cases.batch_and_credit(views, seed=1, device="cuda")
+    losses = [
+        policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
+        for _ in range(5)
+    ]
+    assert losses[-1].metrics["loss"] < losses[0].metrics["loss"]
+    assert not any(done.skipped for done in losses)
