@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megasd.checkpoint.config import CheckpointConfig
 from megasd.checkpoint.model_state import restore_state, sharded_state
@@ -98,8 +99,10 @@ class Checkpoints:
                 },
                 str(partial),
             )
+        except CheckpointException as error:  # no Exception: torch derives it from BaseException
+            failure = "; ".join(str(cause) for cause, _ in error.failures.values())
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = str(error)
         self._raise_together(failure, partial, final)
         if is_first:
             _force_to_disk(partial)

@@ -6,6 +6,7 @@ import (policy/cpu.py), on cuda it installs nothing.
 
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -72,12 +73,17 @@ def start(device: str) -> Backend:
         return _started
     if wanted == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        # A task that sees its own GPU only has every rank's at index 0.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
         has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-        _started = Backend(torch.device("cuda", local_rank), "nccl", has_transformer_engine)
+        _started = Backend(device, "nccl", has_transformer_engine)
     else:
         from megasd.policy import cpu
 
         cpu.prepare_megatron()
         _started = Backend(torch.device("cpu"), "gloo", False)
+    # Megatron's own business, once per rank: nothing that a user could act on.
+    for message in ("The .grad attribute of a Tensor", ".*tensor` is deprecated", ".*Apex is not"):
+        warnings.filterwarnings("ignore", message=message)
     return _started

@@ -1,5 +1,6 @@
 """What ranks run for the tests of checkpoints."""
 
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,32 +75,26 @@ def weights_after_three_steps(folder: Path, settings: Mapping[str, Any]) -> dict
 
 
 def fail_to_save(folder: Path, run_folder: Path, failing_rank: int) -> list[int]:
-    """A save that breaks on one rank, as on a full disk: every rank hears of it."""
+    """One rank cannot write files of more than 10 kB, as on a full disk: every rank hears of it."""
     import torch.distributed as dist
 
     _, _, checkpoints = _a_run(folder, run_folder, {})
-    from megatron.core import dist_checkpointing
-
-    from megasd.checkpoint import checkpoints as module
+    from megasd.checkpoint.checkpoints import SaveError, saved_steps
 
     checkpoints.save(1)
-    real = dist_checkpointing.save
-
-    def save(state: Any, path: str) -> None:
-        (Path(path) / "half_written").write_bytes(b"x" * 100)
-        if dist.get_rank() == failing_rank:
-            raise OSError(28, "No space left on device")
-
-    dist_checkpointing.save = save
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == failing_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        sentence = rf"rank {failing_rank}: .*No space left on device.*--resume"
-        with pytest.raises(module.SaveError, match=sentence):
+        sentence = r"step_000002 could not be written \(.*File too large.*free.*\[1\].*--resume"
+        with pytest.raises(SaveError, match=sentence):
             checkpoints.save(2)
     finally:
-        dist_checkpointing.save = real
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints.restore()  # the earlier one is still good
     assert checkpoints.next_step == 1
-    return module.saved_steps(run_folder / "checkpoints")
+    checkpoints.save(2)  # and with room again, saving works
+    return saved_steps(run_folder / "checkpoints")
 
 
 def megatron_faults(folder: Path, run_folder: Path) -> dict[str, bool]:
