@@ -74,10 +74,10 @@ def start(device: str) -> Backend:
     if wanted == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         # A task that sees its own GPU only has every rank's at index 0.
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        gpu = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(gpu)
         has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-        _started = Backend(device, "nccl", has_transformer_engine)
+        _started = Backend(gpu, "nccl", has_transformer_engine)
     else:
         from megasd.policy import cpu
 
