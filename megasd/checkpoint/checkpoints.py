@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megasd.checkpoint.config import CheckpointConfig
-from megasd.checkpoint.model_state import restore_state, sharded_state
+from megasd.checkpoint.model_state import check_same_run, restore_state, sharded_state
 from megasd.data.prompts import Prompts
 from megasd.policy.policy import Policy
 
@@ -66,6 +66,8 @@ class Checkpoints:
         folder = newest(self.folder)
         if folder is None:
             return
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        check_same_run(self.policy, common, str(folder))
         state: Any = dist_checkpointing.load(
             {**sharded_state(self.policy, loading=True), "prompts": {}, "next_step": 0},
             str(folder),

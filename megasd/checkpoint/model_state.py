@@ -1,6 +1,7 @@
 """The policy as a sharded state dict: weights, optimizer, teacher, random states of every rank."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,12 +35,31 @@ def sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
             "random", random_state(), (dist.get_world_size(),), (dist.get_rank(),)
         ),
         "scheduler": policy.state.scheduler.state_dict(),
+        "hf_config": dict(policy.hf_config),
+        "world_size": dist.get_world_size(),
         "version": policy.version,
         "skipped_steps": policy.skipped_steps,
     }
     if policy.teacher.tensors:
         state["teacher"] = _teacher(policy)
     return state
+
+
+def check_same_run(policy: Policy, common: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError when the unsharded part of a checkpoint is of another model or layout."""
+    saved, own = common["hf_config"], policy.hf_config
+    # Written by every export anew, and without meaning for the weights.
+    keys = (saved.keys() | own.keys()) - {"transformers_version", "dtype", "torch_dtype"}
+    if differing := sorted(key for key in keys if saved.get(key) != own.get(key)):
+        raise ValueError(
+            f"model.path: {where} was saved from another model, its config.json differs in "
+            f"{', '.join(differing)}; resume with the model of the run"
+        )
+    if common["world_size"] != dist.get_world_size():
+        raise ValueError(
+            f"{where} was saved by {common['world_size']} ranks, and {dist.get_world_size()} are "
+            "running; resume on as many ranks as the run had"
+        )
 
 
 def _teacher(policy: Policy) -> dict[str, Any]:

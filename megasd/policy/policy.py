@@ -1,6 +1,5 @@
 """The policy that the loop sees: score, update, teacher, weights. Rooms behind it do the work."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from megasd.policy.state import PolicyState
 from megasd.policy.teacher import TeacherWeights
 from megasd.policy.update import UpdateResult, update
 from megasd.types import Credit, ResponseBatch, Scores, View
-from megasd.weights.hf_folder import HFFolder, load_parameter
+from megasd.weights.hf_folder import HFFolder, load_parameter, read_hf_config
 from megasd.weights.layout import stage_layers
 from megasd.weights.reshard import ReshardPlan, full_tensors
 from megasd.weights.tables import table_for
@@ -52,7 +51,8 @@ class Policy:
         self.mismatch = mismatch
         self.backend = backend
         folder = Path(model.path)
-        hf_config = json.loads((folder / "config.json").read_text())
+        hf_config = read_hf_config(folder)
+        self.hf_config = hf_config
         self.table = table_for(hf_config)
         self.layout = start_parallel(parallel, backend, seed)
         self._plan = ReshardPlan(self.table, self.layout.tp_size, self.layout.pp_size)

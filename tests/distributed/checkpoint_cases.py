@@ -58,6 +58,13 @@ def resume(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> Any:
     return _everything(policy, _learn(policy, prompts, range(3, 6)))
 
 
+def resume_what_is_not_this_run(folder: Path, run_folder: Path) -> str:
+    _, _, checkpoints = _a_run(folder, run_folder, {})
+    with pytest.raises(ValueError, match="resume") as failure:
+        checkpoints.restore()
+    return str(failure.value)
+
+
 def read_weights_in_another_layout(
     folder: Path, run_folder: Path, settings: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:

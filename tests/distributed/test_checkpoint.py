@@ -56,6 +56,20 @@ def test_weights_load_in_another_layout(folder: Path, tmp_path: Path, ranks: Ran
     np.testing.assert_equal(read, expected)
 
 
+def test_a_checkpoint_of_another_model_or_number_of_ranks_is_refused_in_a_sentence(
+    folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    ranks.run(cases.save_in_the_middle, folder, tmp_path / "run", {}, world_size=1)
+    other = tiny_qwen3(tmp_path / "other", vocab=121, intermediate=96)
+    run = tmp_path / "run"
+    (said,) = ranks.run(cases.resume_what_is_not_this_run, other, run, world_size=1)
+    assert "model.path: " in said
+    assert "step_000003 was saved from another model" in said
+    assert "differs in intermediate_size;" in said
+    for said in ranks.run(cases.resume_what_is_not_this_run, folder, run, world_size=2):
+        assert "saved by 1 ranks, and 2 are running" in said
+
+
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_a_full_disk_leaves_the_previous_checkpoint_good(
     failing_rank: int, folder: Path, tmp_path: Path, ranks: Ranks
