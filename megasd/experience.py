@@ -242,6 +242,7 @@ class Reader:
         for rollout, verdict in zip(experience.rollouts, experience.verdicts, strict=True):
             groups[rollout.group_id].append((rollout, verdict))
         cut_before = self.privileged.num_cut
+        without_room_before = self.privileged.num_without_room
         views = [
             self.privileged.view(rollout, groups[rollout.group_id]) if is_wanted else None
             for rollout, is_wanted in zip(experience.rollouts, wanted.tolist(), strict=True)
@@ -259,6 +260,9 @@ class Reader:
         metrics = {f"teacher/{name}": value for name, value in measured.items()}
         metrics["teacher/rows_scored"] = float(has_context.float().mean())
         metrics["teacher/contexts_cut"] = float(self.privileged.num_cut - cut_before)
+        metrics["teacher/contexts_without_room"] = float(
+            self.privileged.num_without_room - without_room_before
+        )
         return replace(batch, teachers={role: teacher}), metrics
 
     def _watch(self, measured: Mapping[str, float]) -> None:

@@ -101,13 +101,14 @@ class Checkpoints:
                 },
                 str(partial),
             )
+            if is_first:  # all ranks have written: the save ends with a collective
+                _force_to_disk(partial)
         except CheckpointException as error:  # no Exception: torch derives it from BaseException
             failure = "; ".join(str(cause) for cause, _ in error.failures.values())
         except Exception as error:
             failure = str(error)
         self._raise_together(failure, partial, final)
         if is_first:
-            _force_to_disk(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for step in saved_steps(self.folder)[: -self.config.keep]:

@@ -155,12 +155,14 @@ class FakePolicy:
 
 class FakeContext:
     num_cut = 0
+    num_without_room = 0
 
     def view(self, rollout: Rollout, group: Sequence[Any]) -> View | None:
         assert any(other is rollout for other, _ in group)
         assert len({other.prompt.index for other, _ in group}) == 1
         if rollout.prompt.index == 1:
-            return None  # nothing privileged is known of it
+            self.num_without_room += 1
+            return None  # no token of its privileged text fits
         return View(prompt_ids=np.array([1, 2]), response_ids=rollout.token_ids)
 
 
@@ -182,6 +184,7 @@ def test_only_rollouts_whose_advantage_is_not_zero_are_read_by_the_teacher() -> 
     assert policy.passes[1][1] == [True, True, False, False, False, False]
     assert metrics["teacher/rows_scored"] == pytest.approx(2 / 6)
     assert metrics["teacher/has_context"] == 0.5, "of the four that were wanted"
+    assert metrics["teacher/contexts_without_room"] == 2.0
     teacher = batch.teachers["teacher"]
     assert batch.old_logprobs is not None
     gap = (teacher.logprobs - batch.old_logprobs).tolist()
