@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -29,9 +29,6 @@ class Request:
 
 class RolloutEngine(Protocol):
     """Lives on a rank that samples. Built without weights; they arrive by `load_weights` only."""
-
-    needs_weights: ClassVar[bool]
-    """False: `load_weights` must not be called, so that no weights are gathered for nothing."""
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes every (Hugging Face name, full tensor); `version` travels with each rollout.

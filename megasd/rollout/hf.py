@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,8 +40,6 @@ class HFEngine:
     Log-probs are float32, of the distribution that was sampled from: after temperature, top-k and
     top-p. Temperature 0 takes the most likely token; its log-prob is then that of temperature 1.
     """
-
-    needs_weights: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The engine of supervised training: replays the dataset's solutions as responses."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -19,8 +19,6 @@ class SolutionsEngine:
     A longer one is cut at `max_response_tokens`, without that token. Nothing is sampled: log-probs
     are None and `policy_version`, which means nothing here, is 0.
     """
-
-    needs_weights: ClassVar[bool] = False
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
