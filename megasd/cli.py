@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from megasd import __version__
-from megasd.algorithms import ALGORITHMS, load_algorithm
+from megasd.algorithms import ALGORITHMS
 from megasd.config import (
     COMMAND_LINE,
     Config,
@@ -55,7 +56,31 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"megasd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_compare(commands)
 
+    algorithms = commands.add_parser(
+        "algorithms", help="list the algorithms: paper, what the teacher reads, passes, memory"
+    )
+    algorithms.add_argument(
+        "--json", action="store_true", help="a list of objects, with defaults and their source"
+    )
+    algorithms.set_defaults(run=_algorithms)
+
+    export = commands.add_parser("export", help="write a run's policy as a Hugging Face folder")
+    export.add_argument("run_folder", metavar="RUN_FOLDER")
+    export.add_argument("--to", required=True, metavar="FOLDER", help="must not exist or be empty")
+    export.set_defaults(run=_export)
+
+    args, rest = parser.parse_known_args(arguments)
+    if args.run in (_train, _compare) and not any(item.startswith("-") for item in rest):
+        args.items += rest  # overrides behind an option, which argparse does not gather
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a model as a config file says, or resume a run",
@@ -73,26 +98,31 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--world-size", type=int, metavar="N", help="processes a dry run plans for")
     train.set_defaults(run=_train)
 
-    algorithms = commands.add_parser("algorithms", help="list the algorithms")
-    algorithms.add_argument("--json", action="store_true", help="as one JSON object")
-    algorithms.set_defaults(run=_algorithms)
 
-    export = commands.add_parser("export", help="write a run's policy as a Hugging Face folder")
-    export.add_argument("run_folder", metavar="RUN_FOLDER")
-    export.add_argument("--to", required=True, metavar="FOLDER", help="must not exist or be empty")
-    export.set_defaults(run=_export)
-
-    args, rest = parser.parse_known_args(arguments)
-    if args.run is _train and not any(item.startswith("-") for item in rest):
-        args.items += rest  # overrides behind an option, which argparse does not gather
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="train several algorithms alike: one table, one plot",
+        usage="megasd compare CONFIG --algorithms A,B,... [--seeds N] [--launcher COMMAND] "
+        "[key=value ...]",
+        description="Trains each algorithm from the same warm start (compare.warm_start) on the "
+        "same prompts, in run.directory/<run.name>-compare. What is there already is not trained "
+        "again: start an interrupted comparison again as it was.",
+    )
+    compare.add_argument("items", nargs="*", metavar="CONFIG | key=value")
+    compare.add_argument("--algorithms", required=True, metavar="A,B", help="the first is the base")
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="from run.seed on (3)")
+    compare.add_argument(
+        "--launcher",
+        default="",
+        metavar="COMMAND",
+        help='starts each run, like "torchrun --nproc-per-node 8 --no-python"',
+    )
+    compare.set_defaults(run=_compare)
 
 
 def _train(args: argparse.Namespace) -> None:
-    path = next((item for item in args.items if "=" not in item), None)
-    overrides = [item for item in args.items if item is not path]
+    path, overrides = _config_and_overrides(args.items)
     world_size = _world_size(args)
     if args.resume is not None:
         loaded = _read_resumed(Path(args.resume), path, overrides)
@@ -112,6 +142,23 @@ def _train(args: argparse.Namespace) -> None:
     from megasd.run import start_training
 
     start_training(loaded.config, resume=args.resume is not None)
+
+
+def _config_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:
+    path = next((item for item in items if "=" not in item), None)
+    return path, [item for item in items if item is not path]
+
+
+def _compare(args: argparse.Namespace) -> None:
+    path, overrides = _config_and_overrides(args.items)
+    if path is None:
+        raise ConfigError([f"{COMMAND_LINE}: no config file; name one"])
+    from megasd.compare.compare import compare
+    from megasd.compare.runs import compose
+
+    algorithms = args.algorithms.split(",")
+    if failures := compare(compose(path, algorithms, args.seeds, overrides, args.launcher)):
+        raise ConfigError(failures)
 
 
 def _rank() -> str:
@@ -185,13 +232,10 @@ def _print_dry_run(config: Config, world_size: int, *, resumed: bool) -> None:
 
 
 def _algorithms(args: argparse.Namespace) -> None:
-    papers = {name: load_algorithm(name)[0].paper for name in ALGORITHMS}
-    if args.json:
-        print(json.dumps(papers))
-        return
-    width = max(map(len, papers))
-    for name, paper in papers.items():
-        print(f"{name:{width}}  {paper}")
+    from megasd.algorithms.listing import as_text, describe
+
+    methods = [describe(name) for name in ALGORITHMS]
+    print(json.dumps(methods) if args.json else as_text(methods))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -18,8 +18,9 @@ from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megasd import schema
-from megasd.algorithms import ALGORITHMS, load_algorithm
+from megasd.algorithms import ALGORITHMS, Method, load_algorithm
 from megasd.checkpoint.config import CheckpointConfig
+from megasd.compare.config import CompareConfig
 from megasd.data.config import ContextConfig, DataConfig
 from megasd.evaluation.config import EvaluationConfig
 from megasd.metrics.config import MetricsConfig
@@ -60,6 +61,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 _SECTIONS: Mapping[str, Any] = {
@@ -247,11 +249,11 @@ class _Composer:
         self.hints: dict[str, Any] = {}  # of the keys in `leaves`
 
     def compose(self, layers: list[_Layer]) -> Config:
-        name, method, preset = self._choose_algorithm(layers)
+        name, method = self._choose_algorithm(layers)
         sections = dict(_SECTIONS)
         if method is not None:
-            sections["algorithm"] = method
-            defaults = {**method.section_defaults, "algorithm": preset}
+            sections["algorithm"] = method.cls
+            defaults = {**method.sections, "algorithm": method.preset}
             layers = [_Layer(f"defaults of algorithm {name}", defaults), *layers]
         self.shape = dataclasses.make_dataclass(
             "Shape", [(key, hint, field(default_factory=hint)) for key, hint in sections.items()]
@@ -279,10 +281,8 @@ class _Composer:
     def _refuse(self, source: str, key: str, value: Any, hint: Any) -> None:
         self._fault(source, key, f"got {schema.shown(value)}; write {schema.describe(hint)}")
 
-    def _choose_algorithm(
-        self, layers: list[_Layer]
-    ) -> tuple[str, type[Any] | None, Mapping[str, Any]]:
-        """Takes `algorithm.name` out of the layers; without a usable one the class is None."""
+    def _choose_algorithm(self, layers: list[_Layer]) -> tuple[str, Method | None]:
+        """Takes `algorithm.name` out of the layers; without a usable one there is no method."""
         name = None
         for layer in layers:
             section = layer.values.get("algorithm")
@@ -290,8 +290,7 @@ class _Composer:
                 name = str(section.pop("name"))
                 self.sources["algorithm.name"] = layer.source
         if name is not None and name in ALGORITHMS:
-            method, preset = load_algorithm(name)
-            return name, method, preset
+            return name, load_algorithm(name)
         # Without the method nothing can be said about its fields.
         for layer in layers:
             layer.values.pop("algorithm", None)
@@ -299,7 +298,7 @@ class _Composer:
         nearest = schema.did_you_mean(name or "", ALGORITHMS)
         choice = f"{fault}{nearest}; choose one of " + ", ".join(ALGORITHMS)
         self._fault(self.source("algorithm.name"), "algorithm.name", choice)
-        return "", None, {}
+        return "", None
 
     def _walk(
         self, source: str, node: Mapping[str, Any], owner: Any, known: list[str], prefix: str = ""

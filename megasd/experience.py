@@ -1,31 +1,22 @@
-"""From prompts to a batch that can be scored: sampling, rewards, dynamic sampling, views."""
+"""From prompts to a batch that can be scored: sampling, rewards, dynamic sampling."""
 
 import itertools
-import warnings
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megasd.algorithms.base import Algorithm
-from megasd.data.context import PrivilegedContext, student_view
+from megasd.data.context import student_view
 from megasd.data.prompts import Prompts
-from megasd.losses.mismatch import mismatch_metrics
-from megasd.losses.teacher import teacher_metrics
 from megasd.metrics.phases import Phases
 from megasd.rewards.config import RewardConfig
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import Request, RolloutEngine
 from megasd.rollout.spread import Spread
-from megasd.types import Prompt, ResponseBatch, Rollout, TeacherScores, Verdict, View
-
-if TYPE_CHECKING:
-    from megasd.policy.policy import Policy
-    from megasd.policy.update import UpdateResult
+from megasd.types import Prompt, ResponseBatch, Rollout, Verdict, View
 
 
 def request_seed(seed: int, step: int, refills: int, prompt: int, sample: int) -> int:
@@ -57,6 +48,7 @@ class Collector:
         scorer: Scorer | None,
         spread: Spread,
         algorithm: Algorithm,
+        needs_rewards: bool,  # of the algorithm, or of what its teacher reads
         rollout: RolloutConfig,
         reward: RewardConfig,
         minibatches: int,
@@ -68,6 +60,7 @@ class Collector:
         self.scorer = scorer
         self.spread = spread
         self.algorithm = algorithm
+        self.needs_rewards = needs_rewards
         self.rollout = rollout
         self.reward = reward
         self.minibatches = minibatches
@@ -123,7 +116,7 @@ class Collector:
         return self.spread.map(requests, generate)
 
     def _judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        if not self.algorithm.needs.rewards:
+        if not self.needs_rewards:
             return [Verdict() for _ in rollouts]
 
         def score(share: Sequence[Rollout]) -> list[Verdict]:
@@ -154,7 +147,7 @@ class Collector:
             "rollout/truncated": float(np.mean([r.finish_reason == "length" for r, _ in seen])),
             "rollout/tokens": float(sum(lengths)),
         }
-        if self.algorithm.needs.rewards:
+        if self.needs_rewards:
             rewards = [verdict.reward for _, verdict in seen if verdict.error is None]
             metrics["reward/errors"] = float(len(seen) - len(rewards))
             if rewards:
@@ -174,8 +167,10 @@ class Collector:
         rollout_logprobs = None
         if all(part is not None for part in sampled):
             rollout_logprobs = torch.from_numpy(np.concatenate(sampled)).to(device)  # pyright: ignore
+        rewards = torch.tensor([verdict.reward for verdict in verdicts], device=device)
         batch = ResponseBatch(
-            rewards=torch.tensor([verdict.reward for verdict in verdicts], device=device),
+            rewards=rewards,
+            is_correct=rewards >= self.reward.success_threshold,
             group_ids=torch.from_numpy(groups).to(device),
             # Whole groups, in order, in as equal shares as there are mini-batches.
             minibatch_ids=torch.from_numpy(groups * self.minibatches // (groups.max() + 1)).to(
@@ -194,108 +189,3 @@ class Collector:
             student_views=[student_view(rollout) for rollout in rollouts],
             metrics=metrics,
         )
-
-
-class Reader:
-    """Has a batch read by student and teacher: the passes that can change the update, no other."""
-
-    def __init__(
-        self,
-        policy: "Policy",
-        algorithm: Algorithm,
-        privileged: PrivilegedContext | None,  # None: the algorithm has no teacher
-        *,
-        minibatches: int,
-    ) -> None:
-        self.policy = policy
-        self.algorithm = algorithm
-        self.privileged = privileged
-        self.minibatches = minibatches
-        self._steps_without_gap = 0
-
-    def read(self, experience: Experience, step: int) -> tuple[ResponseBatch, dict[str, float]]:
-        """The batch with old and teacher log-probs, and what to log of the teacher.
-
-        With a single mini-batch and nothing to compare, the update's own forward pass provides
-        the old log-probs (algorithms.md section 2, "Skipping work").
-        """
-        batch, needs = experience.batch, self.algorithm.needs
-        wanted = self.algorithm.rows_to_score(batch, step).cpu()
-        has_teacher = bool(needs.teachers) and bool(wanted.any())
-        if has_teacher or needs.entropy or self.minibatches > 1:
-            old = self.policy.score(experience.student_views, experience.offsets)
-            batch = replace(batch, old_logprobs=old.logprobs, entropy=old.entropy)
-        if not needs.teachers:
-            return batch, {}
-        if not has_teacher:
-            return batch, {"teacher/rows_scored": 0.0}
-        return self._read_teacher(experience, batch, wanted)
-
-    def _read_teacher(
-        self, experience: Experience, batch: ResponseBatch, wanted: torch.Tensor
-    ) -> tuple[ResponseBatch, dict[str, float]]:
-        old = batch.old_logprobs
-        assert old is not None
-        assert self.privileged is not None
-        (role,) = self.algorithm.needs.teachers
-        groups: dict[int, list[tuple[Rollout, Verdict]]] = defaultdict(list)
-        for rollout, verdict in zip(experience.rollouts, experience.verdicts, strict=True):
-            groups[rollout.group_id].append((rollout, verdict))
-        cut_before = self.privileged.num_cut
-        without_room_before = self.privileged.num_without_room
-        views = [
-            self.privileged.view(rollout, groups[rollout.group_id]) if is_wanted else None
-            for rollout, is_wanted in zip(experience.rollouts, wanted.tolist(), strict=True)
-        ]
-        has_context = torch.tensor([view is not None for view in views], device=old.device)
-        scores = self.policy.score_teacher(views, experience.offsets)
-        is_read = has_context[batch.rollout_ids]
-        teacher = TeacherScores(
-            has_context=has_context,
-            logprobs=torch.where(is_read, scores.logprobs, old),
-            entropy=scores.entropy if self.algorithm.needs.teacher_entropy else None,
-        )
-        measured = teacher_metrics(teacher.logprobs - old, is_read, has_context[wanted])
-        self._watch(measured)
-        metrics = {f"teacher/{name}": value for name, value in measured.items()}
-        metrics["teacher/rows_scored"] = float(has_context.float().mean())
-        metrics["teacher/contexts_cut"] = float(self.privileged.num_cut - cut_before)
-        metrics["teacher/contexts_without_room"] = float(
-            self.privileged.num_without_room - without_room_before
-        )
-        return replace(batch, teachers={role: teacher}), metrics
-
-    def _watch(self, measured: Mapping[str, float]) -> None:
-        """A teacher that always agrees teaches nothing: say so, once, after three such steps."""
-        if "gap_max" not in measured:
-            return
-        self._steps_without_gap = self._steps_without_gap + 1 if measured["gap_max"] < 1e-6 else 0
-        if self._steps_without_gap == 3:
-            warnings.warn(
-                "for 3 steps the teacher gave every token the student's own log-prob: its context "
-                "is probably not what it should be; look at context.source and context.template, "
-                "and whether data.max_prompt_tokens leaves room for the context",
-                stacklevel=2,
-            )
-
-
-def step_metrics(
-    experience: Experience, batch: ResponseBatch, updates: "Sequence[UpdateResult]"
-) -> dict[str, float]:
-    """What a step measured: sampling, its optimizer steps' means, train/rollout mismatch."""
-    first = updates[0]
-    if batch.old_logprobs is None:
-        old, entropy, read = first.logprobs, first.entropy, first.read
-    else:
-        old, entropy, read = batch.old_logprobs, batch.entropy, batch.response_mask
-    assert entropy is not None
-    metrics = dict(experience.metrics)
-    for name in first.metrics:
-        metrics[f"update/{name}"] = float(np.mean([update.metrics[name] for update in updates]))
-    metrics["update/skipped"] = float(sum(update.skipped for update in updates))
-    if read.any():
-        metrics["policy/entropy"] = float(entropy[read].double().mean())
-    if batch.rollout_logprobs is not None:
-        mismatch = mismatch_metrics(old, batch.rollout_logprobs, read)
-        metrics |= {f"mismatch/{name}": value for name, value in mismatch.items()}
-    return metrics

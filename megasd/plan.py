@@ -133,10 +133,20 @@ def _sizes(config: Config, hf_config: Mapping[str, Any], world_size: int) -> lis
         ),
     ]
     if needs.teachers:
-        lines.append(
-            ("teacher", f"{config.teacher.weights} weights, reads the {config.context.source}")
-        )
+        lines.append(("teacher", _teacher(config)))
     return [f"{name + ':':13}{text}" for name, text in lines]
+
+
+def _teacher(config: Config) -> str:
+    roles = config.algorithm.needs.teachers
+    sources = " and ".join(config.context.sources) or "plain prompt"
+    reads = [f"{config.teacher.weights} weights read the {sources}"] if "teacher" in roles else []
+    wrong = sum(role.startswith("wrong[") for role in roles)
+    if wrong:
+        reads.append(f"and {wrong} wrong sibling{'s' if wrong > 1 else ''}, one by one")
+    if "reference" in roles:
+        reads.append("the initial weights read the plain prompt")
+    return ", ".join(reads)
 
 
 def _span(values: range | None) -> str:

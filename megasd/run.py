@@ -24,7 +24,7 @@ from megasd.rollout.build import build_engine
 from megasd.rollout.engine import RolloutEngine
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt
-from megasd.validate import context_length, run_folder
+from megasd.validate import context_length, needs_rewards, needs_solutions, run_folder
 from megasd.weights.hf_folder import read_hf_config
 
 if TYPE_CHECKING:
@@ -71,14 +71,8 @@ class _Data:
 
 def _read_data(config: Config) -> _Data:
     """Every row is read and checked before the model is."""
-    algorithm, context = config.algorithm, config.context
     tokenizer = load_tokenizer(config.model.path)
-    needs_solutions = algorithm.needs.solutions or (
-        bool(algorithm.needs.teachers)
-        and context.source == "solution"
-        and not context.fall_back_to_answer
-    )
-    loaded = load_prompts(config.data, tokenizer, require_solution=needs_solutions)
+    loaded = load_prompts(config.data, tokenizer, require_solution=needs_solutions(config))
     held_out: Sequence[Prompt] = ()
     if files := config.evaluation.files:
         held_out = load_prompts(config.data, tokenizer, files=files, key="evaluation.files").prompts
@@ -95,7 +89,7 @@ def _assemble(
     stack: contextlib.ExitStack,
 ) -> "Job":
     """What the loop runs on this rank; `stack` closes what must be closed."""
-    from megasd.experience import Reader
+    from megasd.reading import Reader
     from megasd.rollout.sync import WeightSync
     from megasd.train import Job
 
@@ -130,8 +124,11 @@ def _assemble(
             algorithm,
             _privileged(config, data.tokenizer),
             minibatches=config.optimizer.minibatches_per_step,
+            mismatch=config.rollout.mismatch,
+            seed=config.run.seed,
+            memory=checkpoints.memory,
         ),
-        evaluator=_evaluator(config, data, sampler, scorer, spread),
+        evaluator=_evaluator(config, data, sampler, scorer, spread, folder),
         checkpoints=checkpoints,
         metrics=stack.enter_context(metrics),
         steps=config.run.steps,
@@ -155,6 +152,7 @@ def _collector(
         scorer=scorer,
         spread=spread,
         algorithm=config.algorithm,
+        needs_rewards=needs_rewards(config),
         rollout=config.rollout,
         reward=config.reward,
         minibatches=config.optimizer.minibatches_per_step,
@@ -169,6 +167,7 @@ def _evaluator(
     engine: RolloutEngine | None,
     scorer: Scorer | None,
     spread: Spread,
+    folder: Path,
 ) -> Evaluator:
     return Evaluator(
         config.evaluation,
@@ -179,6 +178,7 @@ def _evaluator(
         seed=config.run.seed,
         max_response_tokens=config.rollout.max_response_tokens,
         success_threshold=config.reward.success_threshold,
+        run_folder=folder if dist.get_rank() == 0 else None,
     )
 
 
@@ -195,6 +195,7 @@ def _build_policy(config: Config, started: backend.Backend) -> "Policy":
         mismatch=config.rollout.mismatch,
         total_steps=config.run.steps * config.optimizer.minibatches_per_step,
         seed=config.run.seed,
+        roles=config.algorithm.needs.teachers,
     )
 
 
@@ -215,9 +216,7 @@ def _engine(
     )
 
 
-def _privileged(config: Config, tokenizer: "PreTrainedTokenizerBase") -> PrivilegedContext | None:
-    if not config.algorithm.needs.teachers:
-        return None
+def _privileged(config: Config, tokenizer: "PreTrainedTokenizerBase") -> PrivilegedContext:
     longest = context_length(config, read_hf_config(config.model.path))
     assert longest is not None, "validated"
     return PrivilegedContext(
@@ -225,6 +224,9 @@ def _privileged(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Privile
         tokenizer,
         config.data.chat_template_options,
         max_context_tokens=longest,
+        success_threshold=config.reward.success_threshold,
+        answer_pattern=config.data.answer_pattern,
+        seed=config.run.seed,
     )
 
 

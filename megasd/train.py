@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from megasd.algorithms.base import Algorithm
 from megasd.checkpoint.checkpoints import Checkpoints
 from megasd.evaluation.evaluator import Evaluator
-from megasd.experience import Collector, Reader, step_metrics
+from megasd.experience import Collector
 from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
 from megasd.policy.policy import Policy
+from megasd.reading import Reader, step_metrics
 from megasd.rollout.sync import WeightSync
 
 
@@ -39,7 +40,7 @@ def train(job: Job) -> None:
                 job.sync.send(policy)
         if evaluates:
             with phases("evaluation"):
-                values |= job.evaluator.evaluate()
+                values |= job.evaluator.evaluate(step)
 
         experience = job.collector.collect(step, phases)
 
@@ -47,6 +48,7 @@ def train(job: Job) -> None:
         with phases("score"):
             batch, scored = job.reader.read(experience, step)
             credit = algorithm.assign_credit(batch, step)
+            scored |= job.reader.remember(credit)
 
         with phases("update"):
             views, offsets = experience.student_views, experience.offsets
@@ -57,6 +59,7 @@ def train(job: Job) -> None:
             policy.teacher.after_batch(step, updated=not all(u.skipped for u in updates))
 
         values |= scored | step_metrics(experience, batch, updates)
+        job.reader.watch(values)
         values["data/epoch"] = job.collector.prompts.epoch
         values |= phases.finish_step(experience.metrics["rollout/tokens"])
         job.metrics.log(step, values)
@@ -65,4 +68,4 @@ def train(job: Job) -> None:
 
     if job.evaluator.has_prompts:
         job.sync.send(policy)
-        job.metrics.log(job.steps, job.evaluator.evaluate())
+        job.metrics.log(job.steps, job.evaluator.evaluate(job.steps))

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 PerToken = Float[Tensor, " N"]
 PerRollout = Float[Tensor, " R"]
+PerTokenAndId = Float[Tensor, "N K"]
 TokenMask = Bool[Tensor, " N"]
 TokenIndex = Int[Tensor, " N"]
 RolloutMask = Bool[Tensor, " R"]
 RolloutIndex = Int[Tensor, " R"]
 
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -75,11 +78,61 @@ class View:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """K vocabulary ids per response token, at which student and teacher are compared.
+
+    Log-probs are normalised over the FULL vocabulary. These values never travel: of the whole
+    batch a rank holds the n tokens that it reads itself, and `index` [N] names each token's row.
+    Index -1 is the last row, which stands for every token that has none.
+    """
+
+    ids: Int[Tensor, "n K"]
+    teacher_logprobs: Float[Tensor, "n K"] | None = None  # None: not known, as of sampled ids
+    index: TokenIndex | None = None  # None: row i is token i
+
+    def at(self, tokens: TokenIndex) -> "Support":
+        rows = tokens if self.index is None else self.index[tokens]
+        logprobs = None if self.teacher_logprobs is None else self.teacher_logprobs[rows]
+        return Support(ids=self.ids[rows].long(), teacher_logprobs=logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherHidden:
+    """The teacher's final hidden states: its full distribution at the price of a top-k.
+
+    Rows as in `Support`; `weight` is this rank's share of the head that made them.
+    """
+
+    hidden: Float[Tensor, "n H"]
+    weight: Float[Tensor, "V_local H"]
+    index: TokenIndex | None = None
+
+    def at(self, tokens: TokenIndex) -> "TeacherHidden":
+        rows = tokens if self.index is None else self.index[tokens]
+        return TeacherHidden(hidden=self.hidden[rows], weight=self.weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """What a forward-only pass is asked for beside log-probs and entropy."""
+
+    top_k: int = 0  # the K most likely ids and their log-probs -> Scores.support
+    samples: int = 0  # or as many ids drawn from the distribution -> Scores.support
+    seed: tuple[int, ...] = (0,)  # of the samples
+    support: Support | None = None  # or the log-probs at these ids -> Scores.support
+    cross_entropy: bool = False  # of what is read here, under the teacher that `support` is of
+    hidden: bool = False  # final hidden states -> Scores.hidden
+
+
 class Scores(NamedTuple):
-    """Forward-only results in response space, on every rank."""
+    """What a forward-only pass read of the batch: [N] values on every rank, the others here."""
 
     logprobs: PerToken
     entropy: PerToken  # nats, of the full next-token distribution
+    cross_entropy: PerToken | None = None
+    support: Support | None = None
+    hidden: TeacherHidden | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +143,11 @@ class TeacherScores:
     its log-probs are the old ones, so `teacher_gap` is exactly 0 there.
     """
 
-    has_context: RolloutMask
+    has_context: RolloutMask  # and was read
     logprobs: PerToken
-    entropy: PerToken | None = None
+    entropy: PerToken | None = None  # nats; 0 without context
+    # H^x_t = -sum_a T(a) log S(a) of the old student on the support, nats; 0 without context.
+    cross_entropy: PerToken | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +158,7 @@ class ResponseBatch:
     """
 
     rewards: PerRollout
+    is_correct: RolloutMask  # reward >= reward.success_threshold
     group_ids: RolloutIndex
     minibatch_ids: RolloutIndex  # the optimizer step that each rollout belongs to, from 0
     rollout_ids: TokenIndex  # the rollout of each token, an index into the per-rollout fields
@@ -112,10 +168,29 @@ class ResponseBatch:
     old_logprobs: PerToken | None = None  # None: one mini-batch, taken from its own forward pass
     entropy: PerToken | None = None  # nats, old weights
     teachers: Mapping[str, TeacherScores] = field(default_factory=dict)  # roles that read something
+    support: Support | None = None  # of role `teacher`
+    teacher_hidden: TeacherHidden | None = None  # of role `teacher`
+    # The data-parallel rank that reads each rollout in every pass; None: any, pass by pass.
+    owners: RolloutIndex | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)  # `Credit.memory` of the step before
 
     @property
     def num_rollouts(self) -> int:
         return self.rewards.shape[0]
+
+    def has_context(self, role: str = "teacher") -> RolloutMask:
+        """The rollouts that this role has read after a privileged context."""
+        if role not in self.teachers:
+            return torch.zeros_like(self.is_correct)
+        return self.teachers[role].has_context
+
+    def teacher_gap(self, role: str = "teacher") -> PerToken:
+        """D = teacher - old log-probs; exactly 0 where the role has read nothing."""
+        if role not in self.teachers:
+            return torch.zeros(len(self.rollout_ids), device=self.rollout_ids.device)
+        assert self.old_logprobs is not None  # promised where needs.old_logprobs
+        gap = self.teachers[role].logprobs - self.old_logprobs
+        return torch.where(self.has_context(role)[self.rollout_ids], gap, 0.0)
 
     def at(self, tokens: TokenIndex) -> "ResponseBatch":
         """The same batch restricted to `tokens`, in that order."""
@@ -131,9 +206,16 @@ class ResponseBatch:
             old_logprobs=cut(self.old_logprobs),
             entropy=cut(self.entropy),
             teachers={
-                role: replace(t, logprobs=t.logprobs[tokens], entropy=cut(t.entropy))
+                role: replace(
+                    t,
+                    logprobs=t.logprobs[tokens],
+                    entropy=cut(t.entropy),
+                    cross_entropy=cut(t.cross_entropy),
+                )
                 for role, t in self.teachers.items()
             },
+            support=None if self.support is None else self.support.at(tokens),
+            teacher_hidden=None if self.teacher_hidden is None else self.teacher_hidden.at(tokens),
         )
 
 
@@ -148,9 +230,11 @@ class Credit(NamedTuple):
     advantages: PerToken
     token_weights: PerToken
     path: TokenIndex
+    metrics: Mapping[str, float] = {}  # about the batch, logged as credit/...
+    memory: Mapping[str, Tensor] = {}  # what the next step finds in `ResponseBatch.memory`
 
     def at(self, tokens: TokenIndex) -> "Credit":
-        return Credit(*(values[tokens] for values in self))
+        return Credit(self.advantages[tokens], self.token_weights[tokens], self.path[tokens])
 
 
 class TokenLoss(NamedTuple):
@@ -165,6 +249,11 @@ class StudentOutput(ABC):
 
     @property
     @abstractmethod
+    def vocab_size(self) -> int:
+        """V, padding left out."""
+
+    @property
+    @abstractmethod
     def logprobs(self) -> PerToken:
         """Log-probability of each response token, with gradient."""
 
@@ -172,6 +261,17 @@ class StudentOutput(ABC):
     @abstractmethod
     def entropy(self) -> PerToken:
         """Entropy in nats of the full next-token distribution, with gradient."""
+
+    @property
+    @abstractmethod
+    def support_logprobs(self) -> PerTokenAndId:
+        """Log-probs at `batch.support.ids`, with gradient."""
+
+    @abstractmethod
+    def full_divergence(
+        self, kind: DivergenceKind, *, alpha: float, entry_clip: float | None
+    ) -> PerToken:
+        """Divergence to the distribution of `batch.teacher_hidden`, all V ids, with gradient."""
 
 
 Messages = Sequence[Mapping[str, str]]

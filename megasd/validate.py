@@ -73,6 +73,7 @@ def validate(loaded: Loaded, *, world_size: int, new_run: bool) -> list[str]:
         *model_faults,
         *check_data(config),
         *check_context(config),
+        *check_teacher(config),
         *check_sampling(config),
         *check_batch(config, world_size),
         *check_schedule(config),
@@ -195,15 +196,80 @@ def check_data(config: Config) -> list[str]:
     return faults + [f"data.verifier: {fault}" for fault in check_verifiers([data.verifier])]
 
 
+def reads_siblings(config: Config) -> bool:
+    """True if some role reads other rollouts of the group."""
+    roles = config.algorithm.needs.teachers
+    is_sibling = not {"sibling", "wrong_sibling"}.isdisjoint(config.context.sources)
+    return ("teacher" in roles and is_sibling) or any(r.startswith("wrong[") for r in roles)
+
+
+def needs_rewards(config: Config) -> bool:
+    """True if rollouts must be judged: for the loss, or to know what a teacher may read."""
+    needs = config.algorithm.needs
+    reads_feedback = "teacher" in needs.teachers and "feedback" in config.context.sources
+    return needs.rewards or reads_feedback or reads_siblings(config)
+
+
+def needs_solutions(config: Config) -> bool:
+    """True if a row without a solution could never be used."""
+    needs, context = config.algorithm.needs, config.context
+    is_only_source = context.sources == ["solution"] and not context.fall_back_to_answer
+    return needs.solutions or ("teacher" in needs.teachers and is_only_source)
+
+
 def check_context(config: Config) -> list[str]:
-    if config.algorithm is None or not config.algorithm.needs.teachers:
+    if config.algorithm is None or "teacher" not in config.algorithm.needs.teachers:
         return []
-    if "{context}" not in config.context.template:
-        return [
+    context, weights, faults = config.context, config.teacher.weights, []
+    if "{context}" not in context.template:
+        faults.append(
             "context.template: the teacher would read no privileged context; "
             "write {context} where it belongs"
+        )
+    if not context.sources and weights == "live":
+        faults.append(
+            "context.sources: without a source the teacher reads the plain prompt, and with "
+            "teacher.weights: live it is the student itself; name a source, or other weights"
+        )
+    if reads_siblings(config) and config.rollout.group_size == 1 and not context.allow_self:
+        faults.append(
+            "rollout.group_size: with 1 rollout per prompt nobody has a sibling to read "
+            "(context.sources); set it to 2 or more"
+        )
+    return faults
+
+
+def check_teacher(config: Config) -> list[str]:
+    """Whether the teacher's own model, if it has one, can stand beside the policy."""
+    from megasd.data.tokenizer import vocabulary_difference
+
+    teacher = config.teacher
+    if teacher.weights != "checkpoint":
+        if teacher.path is None:
+            return []
+        return [
+            f"teacher.path: {teacher.path} is not read under teacher.weights: {teacher.weights}; "
+            "leave it out, or set teacher.weights to checkpoint"
         ]
-    return []
+    if teacher.path is None:
+        return ["teacher.path: missing; give the Hugging Face folder of the teacher"]
+    other, faults = read_model(teacher.path)
+    faults = [fault.replace("model.path", "teacher.path") for fault in faults]
+    own, own_faults = read_model(config.model.path)
+    if other is None or own is None or faults or own_faults:
+        return faults
+    if other["vocab_size"] != own["vocab_size"]:
+        faults.append(
+            f"teacher.path: {other['vocab_size']} rows of vocabulary (vocab_size), and model.path "
+            f"has {own['vocab_size']}; choose a teacher of the same vocabulary"
+        )
+    elif difference := vocabulary_difference(config.model.path, teacher.path):
+        faults.append(
+            f"teacher.path: its vocabulary differs from that of model.path: {difference}; "
+            "choose a teacher of the same vocabulary"
+        )
+    faults += [f.replace("model.path", "teacher.path") for f in check_cut(config, other)]
+    return faults
 
 
 def check_sampling(config: Config) -> list[str]:
@@ -219,10 +285,22 @@ def check_sampling(config: Config) -> list[str]:
             for (key, is_on), neutral in zip(truncated.items(), (1.0, 0), strict=True)
             if is_on
         ]
-    if config.algorithm.needs.rewards and rollout.group_size == 1:
+    low_high = rollout.mismatch.reject
+    if low_high is not None and rollout.mismatch.level == "off":
         faults.append(
-            "rollout.group_size: with 1 rollout per prompt every advantage is 0 and nothing is "
-            "learnt; set it to 2 or more"
+            "rollout.mismatch.reject: is not looked at while rollout.mismatch.level is off; "
+            "leave it out, or set the level to token or sequence"
+        )
+    if low_high is not None and not 0 <= low_high[0] <= 1 <= low_high[1]:
+        faults.append(
+            f"rollout.mismatch.reject: {list(low_high)} must hold 1, where trainer and engine "
+            "agree, and be 0 or more; write [low, high] like [0.5, 2.0]"
+        )
+    needs = config.algorithm.needs
+    if (needs.rewards or needs.groups) and rollout.group_size == 1:
+        faults.append(
+            "rollout.group_size: with 1 rollout per prompt every advantage over its group is 0 and "
+            "nothing is learnt; set it to 2 or more"
         )
     return faults
 
@@ -310,7 +388,7 @@ def context_length(config: Config, hf_config: Mapping[str, Any] | None) -> int |
 def longest_view(config: Config, hf_config: Mapping[str, Any] | None) -> int:
     """Upper bound on the tokens of one packed sequence, the teacher's included."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if config.algorithm is not None and config.algorithm.needs.teachers:
+    if config.algorithm is not None and "teacher" in config.algorithm.needs.teachers:
         # A token stands for at least one byte.
         longest += config.context.max_tokens + len(config.context.template.encode())
     context = context_length(config, hf_config)  # teacher views are cut to it

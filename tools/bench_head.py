@@ -127,7 +127,7 @@ def step(
         logprobs = logprobs.gather(1, targets[:, None]).squeeze(1)
         logprobs.backward(upstream)
         return logprobs.detach()
-    logprobs, entropy = vocabulary_head(
+    logprobs, entropy, *_ = vocabulary_head(
         hidden, weight, targets, vocab_size=weight.shape[0], chunk_tokens=args.chunk_tokens
     )
     if args.measure == "fused":

@@ -16,7 +16,7 @@ import itertools
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,9 @@ def is_held_out(expression: str) -> bool:
     return zlib.crc32(expression.encode()) % 10 == 0
 
 
-def items(seed: int, *, held_out: bool) -> Iterator[Item]:
+def items(seed: int, *, held_out: bool, options: Mapping[str, int] = OPTIONS) -> Iterator[Item]:
     """Items of the task without end, in an order that the seed decides."""
-    dataset = reasoning_gym.create_dataset(TASK, seed=seed, size=STRIDE, **OPTIONS)
+    dataset = reasoning_gym.create_dataset(TASK, seed=seed, size=STRIDE, **options)
     for item in dataset:
         expression = item["metadata"]["expression"]
         if is_held_out(expression) == held_out and min(running_totals(expression)) >= 0:
@@ -77,7 +77,9 @@ def sft_rows(seed: int) -> Iterator[Item]:
         yield {"prompt": prompt, "answer": item["answer"], "solution": solution}
 
 
-def judged_rows(stream: Iterator[Item], count: int) -> Iterator[Item]:
+def judged_rows(
+    stream: Iterator[Item], count: int, options: Mapping[str, int] = OPTIONS
+) -> Iterator[Item]:
     """`count` different prompts with what reasoning-gym's own scorer needs."""
     seen: set[str] = set()
     for item in stream:
@@ -90,7 +92,7 @@ def judged_rows(stream: Iterator[Item], count: int) -> Iterator[Item]:
                 "answer": item["answer"],
                 "solution": worked(item["metadata"]["expression"]),
                 "verifier": "reasoning_gym",
-                "metadata": {"task": TASK, "options": OPTIONS, "entry": item},
+                "metadata": {"task": TASK, "options": options, "entry": item},
             }
 
 

@@ -1,12 +1,15 @@
 """What the loop asks of a method, and nothing else. An algorithm is arithmetic.
 
-A method is a frozen dataclass: its fields are its config section, its class variables say what
-must run before it. Adding one is a file, a test, a config and a line in the registry.
+A method is a frozen dataclass: its fields are its config section, `needs` says what must run
+before it. Adding one is a file, a test, a config and a line in the registry.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal
+
+import torch
 
 from megasd.losses.reduce import Reduction
 from megasd.types import (
@@ -22,27 +25,40 @@ from megasd.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """Passes and inputs that must exist before credit is assigned."""
+    """Passes and inputs that must exist before credit is assigned.
 
-    rewards: bool = True  # False: the verifiers are not called
+    Roles of teachers: `teacher` reads context.sources; `wrong[k]` the k-th incorrect sibling;
+    `reference` the plain prompt, under the initial weights.
+    """
+
+    rewards: bool = True  # False: the loss looks at no reward
+    groups: bool = False  # compares the rollouts of a prompt in other ways than by reward
     solutions: bool = False  # responses are the dataset's solutions, nothing is sampled
-    teachers: tuple[str, ...] = ()  # roles whose log-probs are needed
+    teachers: tuple[str, ...] = ()  # roles that read the responses
+    old_logprobs: bool = True  # before the update, to compare teachers with
     entropy: bool = False  # the student's, at the old weights
     teacher_entropy: bool = False
+    support: Literal["student", "teacher", "samples"] | None = None  # whose ids
+    support_size: int = 0  # K ids per token
+    cross_entropy: bool = False  # the old student's, on the support
+    teacher_hidden: bool = False
 
 
-class Algorithm(Protocol):
-    """A method of docs/algorithms: credit once per batch, loss once per micro-batch."""
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(ABC):
+    """A method of docs/methods.md: credit once per batch, loss once per micro-batch."""
 
-    needs: ClassVar[Needs]
     paper: ClassVar[str]
-    section_defaults: ClassVar[Mapping[str, Mapping[str, Any]]]
-    """What the paper sets in other sections of the config: {"teacher": {"weights": ...}}."""
+    # What the method sets in other sections of the config: {"teacher": {"weights": ...}}.
+    section_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    # Where each default stands: "paper", "code", or "megasd" (decided here), by key of the config.
+    sources: ClassVar[Mapping[str, str]]
+
+    reduction: Reduction = "token_mean"  # the denominators are of the global mini-batch
 
     @property
-    def reduction(self) -> Reduction:
-        """How token losses become one number; the denominators are of the global mini-batch."""
-        ...
+    @abstractmethod
+    def needs(self) -> Needs: ...
 
     def rows_to_keep(
         self, rewards: PerRollout, group_ids: RolloutIndex, refills: int
@@ -51,16 +67,18 @@ class Algorithm(Protocol):
 
         `refills` counts the rounds of this step before; a method must end by keeping all.
         """
-        ...
+        return torch.ones_like(rewards, dtype=torch.bool)
 
-    def rows_to_score(self, batch: ResponseBatch, step: int) -> RolloutMask:
-        """The rollouts whose teacher pass can change the update. Called with rewards only."""
-        ...
+    def rows_to_score(
+        self, batch: ResponseBatch, has_context: Mapping[str, RolloutMask], step: int
+    ) -> RolloutMask:
+        """The rollouts whose teacher passes can change the update. Called with rewards only."""
+        return torch.ones_like(batch.is_correct)
 
+    @abstractmethod
     def assign_credit(self, batch: ResponseBatch, step: int) -> Credit:
         """Advantage, weight and path of every response token. Without gradient."""
-        ...
 
+    @abstractmethod
     def token_loss(self, student: StudentOutput, batch: ResponseBatch, credit: Credit) -> TokenLoss:
         """Loss of every token of a micro-batch; `batch.old_logprobs` is always set here."""
-        ...

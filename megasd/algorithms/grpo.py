@@ -1,16 +1,17 @@
 """GRPO (arXiv:2402.03300): a rollout is as good as it beats its group, the same for every token.
 
-Departs from the paper: no reference KL, and the upper clip is DAPO's. The presets `dapo`
-(arXiv:2503.14476) and `dr_grpo` (arXiv:2503.20783) are in the registry.
+Departs from the paper: no reference KL unless `kl_coef` asks for it, and the upper clip is DAPO's.
+The presets `dapo` (arXiv:2503.14476) and `dr_grpo` (arXiv:2503.20783) are in the registry.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
 from megasd.algorithms.base import Needs
+from megasd.algorithms.families import PolicyGradient
 from megasd.losses.credit import (
     group_advantages,
     one_path,
@@ -18,8 +19,7 @@ from megasd.losses.credit import (
     per_token,
     rewards_differ,
 )
-from megasd.losses.policy_gradient import ClipRange, clipped_surrogate
-from megasd.losses.reduce import Reduction
+from megasd.losses.policy_gradient import reference_kl
 from megasd.types import (
     Credit,
     PerRollout,
@@ -32,31 +32,46 @@ from megasd.types import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO:
-    """Loss of a token: -pg(A) - entropy_coef H, H its entropy in nats at the current weights."""
+class GRPO(PolicyGradient):
+    """Loss of a token: -pg(A) - entropy_coef H + kl_coef k(ref - logprob).
 
-    needs: ClassVar[Needs] = Needs()
+    H is the token's entropy in nats at the current weights, k an estimate of KL(student,
+    reference), whose reference is the policy that the run began with.
+    """
+
     paper: ClassVar[str] = "arXiv:2402.03300"
-    section_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    sources: ClassVar[Mapping[str, str]] = {
+        "reduction": "paper (eq. 3)",
+        "scale_by_std": "paper (section 4.1.2)",
+        "clip": "DAPO (arXiv:2503.14476)",
+        "entropy_coef": "megasd",
+        "kl_coef": "megasd (the paper: 0.04)",
+        "kl_estimator": "paper (eq. 4)",
+        "overlong_buffer": "megasd",
+        "dynamic_sampling": "megasd",
+        "max_refills": "megasd",
+    }
 
-    clip: ClipRange = field(default_factory=ClipRange)
-    scale_by_std: bool = True
-    reduction: Reduction = "sequence_mean"
     entropy_coef: float = 0.0
+    kl_coef: float = 0.0  # above 0: the initial weights read every rollout too
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     overlong_buffer: float = 0.0  # share of max_response_tokens; 0: no penalty for length
     dynamic_sampling: bool = False  # groups whose rewards are all equal are sampled anew
     max_refills: int = 10  # dynamic sampling: rounds per step, then equal groups are taken
 
     def __post_init__(self) -> None:
-        if not self.entropy_coef >= 0:
-            raise ValueError(f"algorithm.entropy_coef must be 0 or more, not {self.entropy_coef}")
+        for name in ("entropy_coef", "kl_coef", "max_refills"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"algorithm.{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.overlong_buffer <= 1:
             raise ValueError(
                 "algorithm.overlong_buffer is a share of rollout.max_response_tokens and must be "
                 f"between 0 and 1, not {self.overlong_buffer}"
             )
-        if self.max_refills < 0:
-            raise ValueError(f"algorithm.max_refills must be 0 or more, not {self.max_refills}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teachers=("reference",) if self.kl_coef > 0 else (), old_logprobs=False)
 
     def rows_to_keep(
         self, rewards: PerRollout, group_ids: RolloutIndex, refills: int
@@ -69,9 +84,6 @@ class GRPO:
         if self.dynamic_sampling and refills < self.max_refills:
             return rewards_differ(rewards, group_ids)
         return torch.ones_like(rewards, dtype=torch.bool)
-
-    def rows_to_score(self, batch: ResponseBatch, step: int) -> RolloutMask:
-        return torch.zeros_like(batch.rewards, dtype=torch.bool)
 
     def assign_credit(self, batch: ResponseBatch, step: int) -> Credit:
         rewards = batch.rewards
@@ -86,16 +98,18 @@ class GRPO:
         return one_path(
             per_token(advantages, batch.rollout_ids),
             batch.response_mask,
-            zeros_count=self.entropy_coef > 0,
+            zeros_count=self.entropy_coef > 0 or self.kl_coef > 0,
         )
 
     def token_loss(self, student: StudentOutput, batch: ResponseBatch, credit: Credit) -> TokenLoss:
-        assert batch.old_logprobs is not None  # promised by the loop
-        loss, metrics = clipped_surrogate(
-            student.logprobs, batch.old_logprobs, credit.advantages, clip=self.clip
-        )
+        loss, metrics = super().token_loss(student, batch, credit)
         if self.entropy_coef > 0:
             entropy = student.entropy
             loss = loss - self.entropy_coef * entropy
             metrics = {**metrics, "entropy": entropy.detach()}
+        if self.kl_coef > 0:
+            reference = batch.teachers["reference"].logprobs
+            estimate = reference_kl(student.logprobs, reference, estimator=self.kl_estimator)
+            loss = loss + self.kl_coef * estimate
+            metrics = {**metrics, "kl_student_to_reference": estimate.detach()}
         return TokenLoss(loss, metrics)

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
@@ -50,7 +51,10 @@ class SaveError(ValueError):
 
 
 class Checkpoints:
-    """Saves and restores policy, data position and step. Every method is called by all ranks."""
+    """Saves and restores policy, data position, the algorithm's memory and the step.
+
+    Every method is called by all ranks.
+    """
 
     def __init__(
         self, config: CheckpointConfig, run_folder: Path, policy: Policy, prompts: Prompts
@@ -59,6 +63,7 @@ class Checkpoints:
         self.folder = run_folder / "checkpoints"
         self.policy = policy
         self.prompts = prompts
+        self.memory: dict[str, torch.Tensor] = {}  # the algorithm's, from step to step
         self.next_step = 0  # the first step that is still to be done
 
     def restore(self) -> None:
@@ -69,11 +74,18 @@ class Checkpoints:
         common = dist_checkpointing.load_common_state_dict(str(folder))
         check_same_run(self.policy, common, str(folder))
         state: Any = dist_checkpointing.load(
-            {**sharded_state(self.policy, loading=True), "prompts": {}, "next_step": 0},
+            {
+                **sharded_state(self.policy, loading=True),
+                "prompts": {},
+                "memory": {},
+                "next_step": 0,
+            },
             str(folder),
         )
         restore_state(self.policy, state)
         self.prompts.load_state_dict(state["prompts"])
+        device = self.policy.backend.device
+        self.memory.update({k: v.to(device) for k, v in state["memory"].items()})
         self.next_step = state["next_step"]
 
     def save_if_due(self, step: int, *, last: bool) -> None:
@@ -97,6 +109,7 @@ class Checkpoints:
                 {
                     **sharded_state(self.policy, loading=False),
                     "prompts": self.prompts.state_dict(),
+                    "memory": {name: value.cpu() for name, value in self.memory.items()},
                     "next_step": next_step,
                 },
                 str(partial),

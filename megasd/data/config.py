@@ -33,13 +33,27 @@ DEFAULT_TEMPLATE = (
     "\n\nFor reference, here is what is known about the correct result:\n{context}\n\n"
     "Solve the problem in your own words, without mentioning the reference."
 )
+CONTEXT_SOURCES = ("answer", "solution", "sibling", "feedback", "wrong_sibling")
 
 
 @dataclass(frozen=True)
 class ContextConfig:
     """`context:` the privileged context, appended to the last user message."""
 
-    source: Literal["answer", "solution"] = "answer"
-    template: str = DEFAULT_TEMPLATE  # {context} stands for the text of the source
+    # Among CONTEXT_SOURCES; none: the teacher reads the plain prompt, with weights of its own.
+    sources: list[str] = field(default_factory=lambda: ["answer"])
+    template: str = DEFAULT_TEMPLATE  # {context} stands for the text of the sources
     fall_back_to_answer: bool = False  # source solution: rows without one use the answer
     max_tokens: int = 4096  # of the privileged text; its end is cut, and the cut counted
+    sibling: Literal["first", "random"] = "first"  # which correct rollout of the group
+    allow_self: bool = False  # a correct rollout may be its own sibling
+    strip_thinking: bool = True  # of other rollouts only what stands outside <think> is read
+    wrong_answer_only: bool = True  # of an incorrect rollout just the answer that it gave
+
+    def __post_init__(self) -> None:
+        known = ", ".join(CONTEXT_SOURCES)
+        for source in self.sources:
+            if source not in CONTEXT_SOURCES:
+                raise ValueError(f"context.sources: there is no {source!r}; choose among {known}")
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError("context.sources names a source twice; remove one of the two")

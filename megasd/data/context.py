@@ -1,36 +1,18 @@
 """Views: what the student reads, and what a teacher reads on top of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megasd.data.config import ContextConfig
+from megasd.data.context_sources import ContextSources
 from megasd.data.tokenizer import encode_chat
 from megasd.types import Rollout, Verdict, View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Group = Sequence[tuple[Rollout, Verdict]]
-"""All rollouts of one prompt in one step with their verdicts, the rollout itself among them."""
-
-Source = Callable[[Rollout, Group], str | None]
-"""The privileged text for one rollout; None where the source has nothing."""
-
-
-def answer(rollout: Rollout, group: Group) -> str | None:
-    """The final ground-truth answer only."""
-    return rollout.prompt.answer
-
-
-def solution(rollout: Rollout, group: Group) -> str | None:
-    """A verified solution or trace."""
-    return rollout.prompt.solution
-
-
-SOURCES: Mapping[str, Source] = {"answer": answer, "solution": solution}
 
 
 def student_view(rollout: Rollout) -> View:
@@ -39,15 +21,17 @@ def student_view(rollout: Rollout) -> View:
 
 
 class PrivilegedContext:
-    """Builds one teacher role's views (algorithms.md section 2, "Contexts").
+    """Builds the teacher's views (algorithms.md section 2, "Contexts"), in two steps.
 
-    The source's text stands in `config.template` at the end of the last user message, under the
-    chat template with the generation header; the response ids are the rollout's own, never
-    tokenised again. Two budgets hold: `config.max_tokens` for the source's text, and
-    `max_context_tokens` for the whole view. Only the end of the source's text is ever cut: where
-    not one of its tokens fits, the rollout is without context.
+    `texts` decides what a role reads and who is without context; it is cheap. `view` puts such a
+    text into `config.template` at the end of the last user message, under the chat template with
+    the generation header; the response ids are the rollout's own, never tokenised again. All roles
+    share the template: contrasted contexts differ in nothing but their text.
 
-    `num_cut` and `num_without_room` count rollouts since this object was made.
+    Two budgets hold: `config.max_tokens` for the text, and `max_context_tokens` for the whole view.
+    Only the end of the text is ever cut: where not one of its tokens fits, there is no view.
+
+    `num_cut` and `num_without_room` count views since this object was made.
     """
 
     def __init__(
@@ -57,6 +41,9 @@ class PrivilegedContext:
         chat_template_options: Mapping[str, Any],
         *,
         max_context_tokens: int,
+        success_threshold: float,
+        answer_pattern: str | None,
+        seed: int,
     ) -> None:
         if "{context}" not in config.template:
             raise ValueError("context.template must hold {context}, where the privileged text goes")
@@ -71,16 +58,29 @@ class PrivilegedContext:
         self._tokenizer = tokenizer
         self._options = chat_template_options
         self._max_context_tokens = max_context_tokens
+        self._sources = ContextSources(
+            config,
+            tokenizer,
+            success_threshold=success_threshold,
+            answer_pattern=answer_pattern,
+            seed=seed,
+        )
         # The rollouts of a group mostly share their privileged text.
         self._encode = lru_cache(maxsize=1024)(self._encode_uncached)
 
-    def view(self, rollout: Rollout, group: Group = ()) -> View | None:
-        """The teacher's view of `rollout`; None where it is without context."""
-        text = SOURCES[self._config.source](rollout, group)
-        if text is None and self._config.fall_back_to_answer:
-            text = answer(rollout, group)
-        if text is None or not text.strip():
-            return None
+    def texts(
+        self, role: str, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], step: int
+    ) -> list[str | None]:
+        """The privileged text of every rollout; None: without context. See `ContextSources`."""
+        return self._sources.texts(role, rollouts, verdicts, step)
+
+    def view(self, rollout: Rollout, text: str) -> View | None:
+        """The teacher's view of `rollout` with `text`; None where not one token of it fits.
+
+        No text is the plain prompt.
+        """
+        if text == "":
+            return student_view(rollout)
         messages = tuple((m["role"], m["content"]) for m in rollout.prompt.messages)
         room = self._max_context_tokens - len(rollout.token_ids)
         keep = self._config.max_tokens

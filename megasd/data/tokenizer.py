@@ -87,3 +87,20 @@ def encode_chat(
         **options,
     )
     return np.asarray(ids, dtype=np.int64)
+
+
+def vocabulary_difference(path: str, other: str) -> str | None:
+    """The first token id at which the vocabularies of two folders differ; None where none does.
+
+    A teacher's log-probs are about the student's ids: each id must be the same token.
+    """
+    ours, theirs = (
+        {index: token for token, index in load_tokenizer(folder).get_vocab().items()}
+        for folder in (path, other)
+    )
+    for index in sorted(ours.keys() | theirs.keys()):
+        if ours.get(index) != theirs.get(index):
+            return (
+                f"token {index} is {ours.get(index)!r} in one, {theirs.get(index)!r} in the other"
+            )
+    return None

@@ -1,6 +1,8 @@
 """avg@k on held-out prompts: sample, judge, count."""
 
+import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,6 +12,21 @@ from megasd.rewards.scorer import Scorer
 from megasd.rollout.engine import Request, RolloutEngine
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt, Rollout, Verdict
+
+
+class Counts(NamedTuple):
+    """Held-out responses of each prompt, by its place in the files."""
+
+    prompts: list[int]  # row numbers
+    right: list[int]
+    judged: list[int]  # those whose verifier did not fail
+
+
+class Evaluation(NamedTuple):
+    """What the weights are worth: figures to log, and what they were counted from."""
+
+    metrics: dict[str, float]
+    counts: Counts
 
 
 def evaluate(
@@ -22,7 +39,7 @@ def evaluate(
     max_response_tokens: int,
     success_threshold: float,
     spread: Spread,
-) -> dict[str, float]:
+) -> Evaluation:
     """Held-out figures of the weights that the engines hold, the same on every rank.
 
     Called by all ranks; engine and scorer are None on those that do not sample. Samples from the
@@ -53,24 +70,25 @@ def evaluate(
         return list(zip(rollouts, scorer.score(rollouts), strict=True))
 
     judged = spread.map(requests, sample_and_judge)
-    return summarise(judged, samples=config.samples, seed=seed, success_threshold=success_threshold)
+    return summarise(judged, config, seed=seed, success_threshold=success_threshold)
 
 
 def summarise(
     judged: Sequence[tuple[Rollout, Verdict]],
+    config: EvaluationConfig,
     *,
-    samples: int,
     seed: int,
     success_threshold: float,
-) -> dict[str, float]:
+) -> Evaluation:
     """The figures of judged responses; rollouts of one prompt share their group_id, from 0."""
+    samples = config.samples
     groups = np.array([rollout.group_id for rollout, _ in judged], dtype=np.int64)
     is_judged = np.array([verdict.error is None for _, verdict in judged])
     is_right = is_judged & np.array([v.reward >= success_threshold for _, v in judged])
     right = np.bincount(groups, weights=is_right).astype(np.int64).tolist()
     counted = np.bincount(groups, weights=is_judged).astype(np.int64).tolist()
     accuracy = average_at_k(right, counted, seed=seed)
-    return {
+    metrics = {
         "evaluation/accuracy": accuracy.mean,
         "evaluation/accuracy_low": accuracy.low,
         "evaluation/accuracy_high": accuracy.high,
@@ -80,6 +98,16 @@ def summarise(
         "evaluation/reward_errors": float((~is_judged).sum()),
         "evaluation/responses": float(len(judged)),
     }
+    if config.leakage_patterns:
+        metrics["evaluation/leakage"] = leakage([r.text for r, _ in judged], config)
+    prompts = {rollout.group_id: rollout.prompt.index for rollout, _ in judged}
+    return Evaluation(metrics, Counts([prompts[i] for i in range(len(right))], right, counted))
+
+
+def leakage(texts: Sequence[str], config: EvaluationConfig) -> float:
+    """The share of responses that mention what only the teacher may have read."""
+    patterns = [re.compile(pattern, re.IGNORECASE) for pattern in config.leakage_patterns]
+    return float(np.mean([any(pattern.search(text) for pattern in patterns) for text in texts]))
 
 
 def _request_seed(seed: int, prompt: int, sample: int) -> int:

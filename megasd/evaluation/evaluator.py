@@ -1,9 +1,11 @@
 """When held-out evaluation is due, and on what."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megasd.evaluation.config import EvaluationConfig
 from megasd.evaluation.evaluate import evaluate
+from megasd.evaluation.records import write_counts
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.engine import RolloutEngine
 from megasd.rollout.spread import Spread
@@ -24,6 +26,7 @@ class Evaluator:
         seed: int,
         max_response_tokens: int,
         success_threshold: float,
+        run_folder: Path | None,
     ) -> None:
         self.config = config
         self.prompts = prompts
@@ -33,6 +36,7 @@ class Evaluator:
         self._seed = seed
         self._max_response_tokens = max_response_tokens
         self._success_threshold = success_threshold
+        self._run_folder = run_folder  # None: another rank writes
 
     @property
     def has_prompts(self) -> bool:
@@ -43,8 +47,9 @@ class Evaluator:
         every = self.config.every
         return self.has_prompts and (step == 0 or (every > 0 and step % every == 0))
 
-    def evaluate(self) -> dict[str, float]:
-        return evaluate(
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The figures of the weights before step `step`."""
+        evaluation = evaluate(
             self._engine,
             self._scorer,
             self.prompts,
@@ -54,3 +59,6 @@ class Evaluator:
             success_threshold=self._success_threshold,
             spread=self._spread,
         )
+        if self._run_folder is not None:
+            write_counts(self._run_folder, step, evaluation.counts)
+        return evaluation.metrics

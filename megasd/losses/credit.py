@@ -8,6 +8,7 @@ from megasd.types import (
     Credit,
     PerRollout,
     PerToken,
+    ResponseBatch,
     RolloutIndex,
     RolloutMask,
     TokenIndex,
@@ -74,3 +75,9 @@ def one_path(
     """
     is_used = response_mask if zeros_count else response_mask & (advantages != 0)
     return Credit(advantages, is_used.float(), response_mask.long() - 1)
+
+
+def on_rollouts(chosen: RolloutMask, batch: ResponseBatch) -> Credit:
+    """Weight 1 on the response tokens of the `chosen` rollouts; the others leave the update."""
+    is_used = batch.response_mask & chosen[batch.rollout_ids]
+    return Credit(torch.zeros_like(is_used.float()), is_used.float(), is_used.long() - 1)

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from megasd.types import PerToken, TokenMask
+from megasd.losses.config import MismatchConfig
+from megasd.types import PerToken, TokenIndex, TokenMask
 
 
 def mismatch_ratio(old_logprobs: PerToken, rollout_logprobs: PerToken) -> PerToken:
@@ -11,11 +12,33 @@ def mismatch_ratio(old_logprobs: PerToken, rollout_logprobs: PerToken) -> PerTok
     return (old_logprobs - rollout_logprobs).clamp(-20.0, 20.0).exp()
 
 
-def mismatch_weights(
-    old_logprobs: PerToken, rollout_logprobs: PerToken, *, clip: float
+def sequence_mismatch_ratio(
+    old_logprobs: PerToken,
+    rollout_logprobs: PerToken,
+    response_mask: TokenMask,
+    rollout_ids: TokenIndex,
+    *,
+    num_rollouts: int,
 ) -> PerToken:
-    """Truncated importance sampling: a token's loss is multiplied by min(mismatch_ratio, clip)."""
-    return mismatch_ratio(old_logprobs, rollout_logprobs).clamp(max=clip)
+    """The product of a rollout's ratios over its response tokens, on each of its tokens.
+
+    Summed in float64 as logarithms, whose sum is clamped to +-20.
+    """
+    difference = torch.where(response_mask, old_logprobs - rollout_logprobs, 0.0).double()
+    sums = difference.new_zeros(num_rollouts).index_add(0, rollout_ids, difference)
+    return sums.clamp(-20.0, 20.0).exp().float()[rollout_ids]
+
+
+def mismatch_weights(ratio: PerToken, config: MismatchConfig) -> tuple[PerToken, TokenMask]:
+    """Truncated importance sampling: what a token's loss is multiplied by, and which tokens stay.
+
+    The weight is min(ratio, clip); tokens whose ratio is outside `reject` do not stay.
+    """
+    stays = torch.ones_like(ratio, dtype=torch.bool)
+    if config.reject is not None:
+        low, high = config.reject
+        stays = (ratio >= low) & (ratio <= high)
+    return ratio.clamp(max=config.clip), stays
 
 
 def mismatch_metrics(

@@ -1,6 +1,7 @@
 """Policy-gradient surrogates: per token, no reduction, no communication."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -49,3 +50,21 @@ def clipped_surrogate(
             "kl_old_to_current": (ratio - 1 - log_ratio).detach(),
         },
     )
+
+
+def reference_kl(
+    logprobs: PerToken, ref_logprobs: PerToken, *, estimator: Literal["k1", "k2", "k3"]
+) -> PerToken:
+    """An estimate of KL(student, reference) per token that the student sampled, with gradient.
+
+    With x = ref - logprob, clamped to +-20: k1 = -x, k2 = x^2 / 2, k3 = exp(x) - 1 - x
+    (Schulman, "Approximating KL divergence").
+    """
+    x = (ref_logprobs - logprobs).clamp(-20.0, 20.0)
+    match estimator:
+        case "k1":
+            return -x
+        case "k2":
+            return x.square() / 2
+        case "k3":
+            return x.exp() - 1 - x

@@ -29,9 +29,10 @@ class ParallelConfig:
 class TeacherConfig:
     """`teacher:` the weights that read the privileged context."""
 
-    weights: Literal["live", "snapshot", "ema", "frozen"] = "live"
+    weights: Literal["live", "snapshot", "ema", "frozen", "checkpoint"] = "live"
     every: int = 10  # snapshot: steps between copies
     decay: float = 0.99  # ema: phi <- decay phi + (1 - decay) theta, once per batch
+    path: str | None = None  # checkpoint: the folder of another model with the same vocabulary
 
 
 @dataclass(frozen=True)

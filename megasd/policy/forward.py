@@ -1,10 +1,9 @@
-"""One packed forward pass: micro-batch in, final hidden states and the head's values out."""
+"""One packed forward pass: micro-batch in, final hidden states out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import (
@@ -13,8 +12,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megasd.policy.build import HeadlessGPT, Layout
-from megasd.policy.head import HeadOutput, vocabulary_head
+from megasd.policy.build import Layout
 from megasd.policy.sequences import Microbatch
 
 
@@ -35,34 +33,17 @@ def hidden_states(model: torch.nn.Module, microbatch: Microbatch) -> Tensor:
     )
 
 
-def read_head(
-    hidden: Tensor,
-    gpt: HeadlessGPT,
-    microbatch: Microbatch,
-    layout: Layout,
-    *,
-    vocab_size: int,
-    temperature: float,
-    chunk_tokens: int,
-) -> HeadOutput:
-    """Log-probs and entropy of the targets, on the last stage. Prompt tokens cost nothing here."""
+def rows_read(hidden: Tensor, microbatch: Microbatch, layout: Layout) -> Tensor:
+    """The final hidden states [n, H] that predict the targets. Prompt tokens cost nothing here."""
     if layout.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
-    return vocabulary_head(
-        hidden[:, 0].index_select(0, microbatch.rows),
-        gpt.head_weight,
-        microbatch.targets,
-        vocab_size=vocab_size,
-        group=layout.tp_group if layout.tp_size > 1 else None,
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-    )
+    return hidden[:, 0].index_select(0, microbatch.rows)
 
 
 def run(
-    ddp: DistributedDataParallel,
+    model: torch.nn.Module,
     microbatches: Sequence[Microbatch],
     finish: Callable[[Tensor, Microbatch], Any],
     *,
@@ -76,7 +57,7 @@ def run(
     Returns what it returned, in order, on the last stage; an empty list elsewhere.
     """
 
-    def step(batches: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def step(batches: Iterator[Microbatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         microbatch = next(batches).to(device)
 
         def loss(hidden: Tensor, non_loss_data: bool = False) -> Any:
@@ -85,12 +66,12 @@ def run(
             value, rest = finish(hidden, microbatch)
             return value, torch.ones((), dtype=torch.int, device=device), rest
 
-        return hidden_states(model, microbatch), loss
+        return hidden_states(stage, microbatch), loss
 
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(microbatches),
-        model=ddp,
+        model=model,
         num_microbatches=len(microbatches),
         seq_length=1,  # unused: lengths vary, stages exchange shapes
         micro_batch_size=1,

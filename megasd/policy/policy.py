@@ -4,30 +4,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megasd.algorithms.base import Algorithm
 from megasd.losses.config import MismatchConfig
 from megasd.policy.backend import Backend
-from megasd.policy.build import (
-    DTYPES,
-    build_model,
-    build_optimizer,
-    build_scheduler,
-    start_parallel,
-    wrap,
-)
+from megasd.policy.build import build_optimizer, build_scheduler, start_parallel, wrap
 from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
+from megasd.policy.load import load_model
 from megasd.policy.score import score
-from megasd.policy.state import PolicyState
+from megasd.policy.sequences import assign_owners
+from megasd.policy.state import ModelState, PolicyState
 from megasd.policy.teacher import TeacherWeights
 from megasd.policy.update import UpdateResult, update
-from megasd.types import Credit, ResponseBatch, Scores, View
-from megasd.weights.hf_folder import HFFolder, load_parameter, read_hf_config
-from megasd.weights.layout import stage_layers
+from megasd.types import Credit, Reads, ResponseBatch, Scores, View
 from megasd.weights.reshard import ReshardPlan, full_tensors
-from megasd.weights.tables import table_for
+
+REFERENCE = TeacherConfig(weights="frozen")
 
 
 class Policy:
@@ -45,61 +38,98 @@ class Policy:
         mismatch: MismatchConfig,
         total_steps: int,
         seed: int,
+        roles: Sequence[str] = (),
     ) -> None:
-        """Build, read the weights from `model.path`, make the optimizer for `total_steps` steps."""
+        """Build, read the weights from `model.path`, make the optimizer for `total_steps` steps.
+
+        `roles` are those that `score_teacher` will be asked for: their weights are kept.
+        """
         self.temperature = temperature
         self.mismatch = mismatch
         self.backend = backend
-        folder = Path(model.path)
-        hf_config = read_hf_config(folder)
-        self.hf_config = hf_config
-        self.table = table_for(hf_config)
         self.layout = start_parallel(parallel, backend, seed)
+        loaded = load_model(Path(model.path), model, self.layout, backend)
+        self.hf_config, self.table = loaded.hf_config, loaded.table
+        self.parameters = dict(loaded.gpt.named_parameters())
         self._plan = ReshardPlan(self.table, self.layout.tp_size, self.layout.pp_size)
-        gpt = build_model(hf_config, model, self.layout, backend)
-        self.parameters = dict(gpt.named_parameters())
-        self._read_weights(HFFolder(folder), DTYPES[model.dtype])
-        ddp = wrap(gpt)
+        ddp = wrap(loaded.gpt)
         built = build_optimizer(ddp, optimizer)
+        sizes = {
+            "max_tokens_per_microbatch": optimizer.max_tokens_per_microbatch,
+            "head_chunk_tokens": model.head_chunk_tokens,
+        }
         self.state = PolicyState(
             layout=self.layout,
             device=backend.device,
-            gpt=gpt,
+            gpt=loaded.gpt,
+            vocab_size=self.hf_config["vocab_size"],
             ddp=ddp,
             optimizer=built,
             scheduler=build_scheduler(built, optimizer, total_steps),
-            vocab_size=hf_config["vocab_size"],
-            max_tokens_per_microbatch=optimizer.max_tokens_per_microbatch,
-            head_chunk_tokens=model.head_chunk_tokens,
+            **sizes,
         )
         self.teacher = TeacherWeights(teacher, self.parameters)
+        # Read anew from `model.path` in every start of a run: no checkpoint holds it.
+        self._reference = (
+            TeacherWeights(REFERENCE, self.parameters) if "reference" in roles else None
+        )
+        self._other_model: ModelState | None = None
+        if teacher.weights == "checkpoint":
+            assert teacher.path is not None, "validated"
+            other = load_model(Path(teacher.path), model, self.layout, backend)
+            self._other_model = ModelState(
+                layout=self.layout,
+                device=backend.device,
+                gpt=other.gpt,
+                vocab_size=other.hf_config["vocab_size"],
+                **sizes,
+            )
         self.version = 0  # optimizer steps that changed the weights
         self.skipped_steps = 0  # optimizer steps whose gradient was not finite
 
-    @torch.no_grad()
-    def _read_weights(self, folder: HFFolder, dtype: torch.dtype) -> None:
-        """Each rank reads only its slices; names and shapes are checked against the table first."""
-        folder.check(self.table)
-        layers = stage_layers(self.table.num_layers, self.layout.pp_rank, self.layout.pp_size)
-        for name, parameter in self.parameters.items():
-            row, layer = self.table.find(name, first_layer=layers[0])
-            local = load_parameter(
-                folder, row, layer, self.layout.tp_rank, self.layout.tp_size, dtype
-            )
-            parameter.copy_(local)
-            # Megatron's gradient norm counts a parameter on every tensor-parallel rank, or on the
-            # first only, by this mark; its layers set it while they draw random weights, which
-            # ours never do.
-            parameter.tensor_model_parallel = row.kind != "replicated"  # pyright: ignore
-
-    def score(self, views: Sequence[View | None], offsets: np.ndarray) -> Scores:
+    def score(
+        self,
+        views: Sequence[View | None],
+        offsets: np.ndarray,
+        *,
+        reads: Reads | None = None,
+        owners: np.ndarray | None = None,
+    ) -> Scores:
         """Log-probs and entropy of the student; tokens of a None view are 0."""
-        return score(self.state, views, offsets, temperature=self.temperature)
+        return self._score(self.state, views, offsets, reads, owners)
 
-    def score_teacher(self, views: Sequence[View | None], offsets: np.ndarray) -> Scores:
-        """The same under the teacher's weights."""
-        with self.teacher.swapped_in():
-            return self.score(views, offsets)
+    def score_teacher(
+        self,
+        role: str,
+        views: Sequence[View | None],
+        offsets: np.ndarray,
+        *,
+        reads: Reads | None = None,
+        owners: np.ndarray | None = None,
+    ) -> Scores:
+        """The same under the weights of a teacher's role."""
+        if self._other_model is not None and role != "reference":
+            return self._score(self._other_model, views, offsets, reads, owners)
+        weights = self._reference if role == "reference" else self.teacher
+        assert weights is not None, f"the policy was not told of role {role}"
+        with weights.swapped_in():
+            return self._score(self.state, views, offsets, reads, owners)
+
+    def _score(
+        self,
+        state: ModelState,
+        views: Sequence[View | None],
+        offsets: np.ndarray,
+        reads: Reads | None,
+        owners: np.ndarray | None,
+    ) -> Scores:
+        return score(
+            state, views, offsets, temperature=self.temperature, reads=reads, owners=owners
+        )
+
+    def assign_owners(self, lengths: Sequence[int], minibatch_ids: Sequence[int]) -> np.ndarray:
+        """The data-parallel rank of each rollout, for passes that leave values behind."""
+        return assign_owners(lengths, minibatch_ids, num_ranks=self.layout.dp_size)
 
     def update(
         self,

@@ -5,7 +5,7 @@ position p is predicted by the hidden state at p - 1, so response token t of a v
 has P tokens is read off row P - 1 + t. Nobody else computes such an index.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 
@@ -38,7 +38,27 @@ class Microbatch:
         return replace(self, **tensors)
 
 
-def balance(lengths: Sequence[int], *, max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+def assign_owners(
+    lengths: Sequence[int], minibatch_ids: Sequence[int], *, num_ranks: int
+) -> np.ndarray:
+    """The rank that reads each rollout in every pass of a step: [R] int64.
+
+    Where a pass leaves values that are too large to travel ([tokens, K]), the next one must run
+    on the same rank. Within each mini-batch the ranks get nearly the same number of tokens:
+    longest first, always to the least loaded. Ties go to the lower rank.
+    """
+    owners = np.zeros(len(lengths), dtype=np.int64)
+    loads: dict[int, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load = loads.setdefault(minibatch_ids[i], [0] * num_ranks)
+        owners[i] = load.index(min(load))
+        load[owners[i]] += lengths[i]
+    return owners
+
+
+def balance(
+    lengths: Sequence[int], *, max_tokens: int, num_ranks: int, at_least: int = 1
+) -> list[list[list[int]]]:
     """Cut sequences into micro-batches of at most `max_tokens`: [rank][micro-batch][sequence].
 
     Every rank gets the same number of micro-batches (expert parallelism and pipelines need it)
@@ -52,7 +72,7 @@ def balance(lengths: Sequence[int], *, max_tokens: int, num_ranks: int) -> list[
             f"{lengths[order[0]]} tokens of the longest sequence; raise it, or lower "
             "data.max_prompt_tokens, context.max_tokens or rollout.max_response_tokens"
         )
-    per_rank = max(1, -(-sum(lengths) // (max_tokens * num_ranks)))
+    per_rank = max(at_least, -(-sum(lengths) // (max_tokens * num_ranks)))
     while True:
         bins: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
         loads = [(0, b) for b in range(len(bins))]
@@ -83,12 +103,14 @@ def pack(
     rank: int,
     num_ranks: int,
     multiple: int = 1,
+    owners: np.ndarray | None = None,
 ) -> list[Microbatch]:
     """The micro-batches of data-parallel rank `rank`.
 
     `views[i]` is what is read of rollout i (None: nothing); `offsets` [R + 1] its place in
     response space; `keep` says which response tokens are read off. A view none of whose tokens
-    are kept is not packed. `multiple`: padding of T for sequence parallelism.
+    are kept is not packed. `multiple`: padding of T for sequence parallelism. `owners` [R]: the
+    ranks of `assign_owners`; without them, each pass is balanced by itself.
     """
     kept = keep.cpu().numpy()
     used = [
@@ -96,10 +118,28 @@ def pack(
         for i, view in enumerate(views)
         if view is not None and kept[offsets[i] : offsets[i + 1]].any()
     ]
-    lengths = [len(v.prompt_ids) + len(v.response_ids) for v in views if v is not None]
-    by_view = dict(zip([i for i, v in enumerate(views) if v is not None], lengths, strict=True))
-    cut = balance([by_view[i] for i in used], max_tokens=max_tokens, num_ranks=num_ranks)[rank]
-    return [_lay_out([used[k] for k in part], views, offsets, kept, multiple) for part in cut]
+    lengths = {i: view.num_tokens for i in used if (view := views[i]) is not None}
+    if owners is None:
+        shares = balance(list(lengths.values()), max_tokens=max_tokens, num_ranks=num_ranks)
+        cut = [[used[k] for k in part] for part in shares[rank]]
+    else:
+        cut = _cut_of_owner(lengths, owners, max_tokens=max_tokens, rank=rank, num_ranks=num_ranks)
+    return [_lay_out(part, views, offsets, kept, multiple) for part in cut]
+
+
+def _cut_of_owner(
+    lengths: Mapping[int, int], owners: np.ndarray, *, max_tokens: int, rank: int, num_ranks: int
+) -> list[list[int]]:
+    """The micro-batches of what `rank` owns; all ranks get as many as the one that needs most."""
+    owned = [[i for i in lengths if owners[i] == r] for r in range(num_ranks)]
+
+    def cut(r: int, at_least: int) -> list[list[int]]:
+        sizes = [lengths[i] for i in owned[r]]
+        (parts,) = balance(sizes, max_tokens=max_tokens, num_ranks=1, at_least=at_least)
+        return [[owned[r][k] for k in part] for part in parts]
+
+    most = max(len(cut(r, 1)) for r in range(num_ranks))
+    return cut(rank, most)
 
 
 def _lay_out(

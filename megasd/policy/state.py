@@ -1,4 +1,4 @@
-"""What scoring and updating share: the model on this rank and what it takes to run it."""
+"""What scoring and updating share: a model on this rank and what it takes to run it."""
 
 from dataclasses import dataclass
 
@@ -8,38 +8,78 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megasd.policy import forward
 from megasd.policy.build import HeadlessGPT, Layout
-from megasd.policy.head import HeadOutput
-from megasd.policy.sequences import Microbatch
+from megasd.policy.head import HeadOutput, sample_ids, vocabulary_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyState:
-    """The policy on this rank. Frozen as a record; the weights inside it learn."""
+class ModelState:
+    """A model that can be read: the policy, or a teacher of its own."""
 
     layout: Layout
     device: torch.device
     gpt: HeadlessGPT
-    ddp: DistributedDataParallel
-    optimizer: ChainedOptimizer
-    scheduler: OptimizerParamScheduler
     vocab_size: int
     max_tokens_per_microbatch: int
     head_chunk_tokens: int
+
+    @property
+    def runnable(self) -> torch.nn.Module:
+        """What Megatron's schedule runs."""
+        return self.gpt
 
     @property
     def length_multiple(self) -> int:
         """Packed lengths are padded to it: sequence parallelism cuts them evenly."""
         return self.layout.tp_size if self.layout.sequence_parallel else 1
 
-    def read_head(self, hidden: Tensor, microbatch: Microbatch, temperature: float) -> HeadOutput:
-        return forward.read_head(
+    def read_head(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float,
+        *,
+        ids: Tensor | None = None,
+        top_k: int = 0,
+    ) -> HeadOutput:
+        """The head's values for final hidden states [n, H], on the last stage."""
+        return vocabulary_head(
             hidden,
-            self.gpt,
-            microbatch,
-            self.layout,
+            self.gpt.head_weight,
+            targets,
+            ids=ids,
+            top_k=top_k,
             vocab_size=self.vocab_size,
+            group=self.head_group,
             temperature=temperature,
             chunk_tokens=self.head_chunk_tokens,
         )
+
+    def sample_ids(self, hidden: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+        """Ids [n, S] drawn from each row's next-token distribution."""
+        return sample_ids(
+            hidden,
+            self.gpt.head_weight,
+            uniforms,
+            vocab_size=self.vocab_size,
+            group=self.head_group,
+            temperature=temperature,
+            chunk_tokens=self.head_chunk_tokens,
+        )
+
+    @property
+    def head_group(self) -> torch.distributed.ProcessGroup | None:
+        return self.layout.tp_group if self.layout.tp_size > 1 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyState(ModelState):
+    """The policy on this rank. Frozen as a record; the weights inside it learn."""
+
+    ddp: DistributedDataParallel
+    optimizer: ChainedOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def runnable(self) -> torch.nn.Module:
+        return self.ddp

@@ -15,16 +15,17 @@ from megasd.policy.config import TeacherConfig
 class TeacherWeights:
     """`live`, `snapshot` (a copy every k steps), `ema`, or `frozen` (the initial weights).
 
-    ema: phi <- decay phi + (1 - decay) theta, once per rollout batch after all its optimizer
-    steps; a batch whose updates were all skipped skips it. Kept in float32, because in bfloat16
-    a decay of 0.99 would round every change away.
+    `checkpoint` is a model of its own (policy.py), and nothing is kept here. ema: phi <- decay
+    phi + (1 - decay) theta, once per rollout batch after all its optimizer steps; a batch whose
+    updates were all skipped skips it. Kept in float32, because in bfloat16 a decay of 0.99 would
+    round every change away.
     """
 
     def __init__(self, config: TeacherConfig, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.config = config
         self._live = parameters
         self.tensors: dict[str, Tensor] = {}
-        if config.weights != "live":
+        if config.weights not in ("live", "checkpoint"):
             dtype = torch.float32 if config.weights == "ema" else None
             self.tensors = {
                 name: parameter.detach().to(dtype or parameter.dtype, copy=True)

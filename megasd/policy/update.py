@@ -13,20 +13,47 @@ from torch import Tensor
 
 from megasd.algorithms.base import Algorithm
 from megasd.losses.config import MismatchConfig
-from megasd.losses.mismatch import mismatch_weights
+from megasd.losses.mismatch import (
+    mismatch_ratio,
+    mismatch_weights,
+    sequence_mismatch_ratio,
+)
 from megasd.losses.reduce import reduction_weights
 from megasd.policy import forward
 from megasd.policy.head import HeadOutput
+from megasd.policy.head_divergence import full_divergence
 from megasd.policy.sequences import pack
 from megasd.policy.state import PolicyState
-from megasd.types import Credit, PerToken, ResponseBatch, StudentOutput, TokenLoss, View
+from megasd.types import (
+    Credit,
+    DivergenceKind,
+    PerToken,
+    PerTokenAndId,
+    ResponseBatch,
+    StudentOutput,
+    TeacherHidden,
+    TokenLoss,
+    View,
+)
 
 
 class _PackedStudent(StudentOutput):
     """The head's output on the tokens of one micro-batch."""
 
-    def __init__(self, out: HeadOutput) -> None:
-        self._out = out
+    def __init__(
+        self,
+        state: PolicyState,
+        hidden: Tensor,
+        out: HeadOutput,
+        teacher: TeacherHidden | None,
+        temperature: float,
+    ) -> None:
+        self._state, self._hidden, self._out = state, hidden, out
+        self._teacher, self._temperature = teacher, temperature
+
+    @property
+    def vocab_size(self) -> int:
+        return self._state.vocab_size
 
     @property
     def logprobs(self) -> PerToken:
@@ -35,6 +62,30 @@ class _PackedStudent(StudentOutput):
     @property
     def entropy(self) -> PerToken:
         return self._out.entropy
+
+    @property
+    def support_logprobs(self) -> PerTokenAndId:
+        assert self._out.at_ids is not None, "the algorithm's needs name no support"
+        return self._out.at_ids
+
+    def full_divergence(
+        self, kind: DivergenceKind, *, alpha: float, entry_clip: float | None
+    ) -> PerToken:
+        assert self._teacher is not None, "the algorithm's needs name no teacher_hidden"
+        state = self._state
+        return full_divergence(
+            self._hidden,
+            state.gpt.head_weight,
+            self._teacher.hidden,
+            self._teacher.weight,
+            kind=kind,
+            alpha=alpha,
+            entry_clip=entry_clip,
+            vocab_size=state.vocab_size,
+            group=state.head_group,
+            temperature=self._temperature,
+            chunk_tokens=state.head_chunk_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +100,51 @@ class UpdateResult:
 
 
 def token_weights(
-    algorithm: Algorithm, batch: ResponseBatch, credit: Credit, minibatch: int
+    algorithm: Algorithm,
+    batch: ResponseBatch,
+    credit: Credit,
+    minibatch: int,
+    mismatch: MismatchConfig,
 ) -> PerToken:
     """What each token's loss is multiplied by: [N], 0 outside mini-batch `minibatch`.
 
-    The denominators are of the whole mini-batch, over all ranks and micro-batches (law 2).
+    The denominators are of the whole mini-batch, over all ranks and micro-batches (law 2). The
+    mismatch's weight is in it where the old log-probs are known before the update.
     """
     inside = batch.minibatch_ids[batch.rollout_ids] == minibatch
-    path = torch.where(inside & batch.response_mask, credit.path, -1)
+    weights = credit.token_weights
+    if batch.old_logprobs is not None and _corrects(batch, mismatch):
+        correction, stays = _mismatch(batch, batch.old_logprobs, mismatch)
+        weights, inside = weights * correction, inside & stays
     share = reduction_weights(
         algorithm.reduction,
-        path,
+        torch.where(inside & batch.response_mask, credit.path, -1),
         batch.rollout_ids,
         num_rollouts=batch.num_rollouts,
         max_response_tokens=batch.max_response_tokens,
     )
-    return share * credit.token_weights
+    return share * weights
+
+
+def _corrects(batch: ResponseBatch, mismatch: MismatchConfig) -> bool:
+    return mismatch.level != "off" and batch.rollout_logprobs is not None
+
+
+def _mismatch(
+    batch: ResponseBatch, old_logprobs: PerToken, mismatch: MismatchConfig
+) -> tuple[PerToken, Tensor]:
+    assert batch.rollout_logprobs is not None
+    if mismatch.level == "sequence":
+        ratio = sequence_mismatch_ratio(
+            old_logprobs,
+            batch.rollout_logprobs,
+            batch.response_mask,
+            batch.rollout_ids,
+            num_rollouts=batch.num_rollouts,
+        )
+    else:
+        ratio = mismatch_ratio(old_logprobs, batch.rollout_logprobs)
+    return mismatch_weights(ratio, mismatch)
 
 
 def update(
@@ -84,7 +164,7 @@ def update(
     Without `batch.old_logprobs` the old ones are the first forward's own, without gradient. A
     step whose gradient norm is not finite is skipped: nothing changes, and it is counted.
     """
-    weights = token_weights(algorithm, batch, credit, minibatch)
+    weights = token_weights(algorithm, batch, credit, minibatch, mismatch)
     read = weights != 0
     microbatches = pack(
         views,
@@ -94,14 +174,18 @@ def update(
         rank=state.layout.dp_rank,
         num_ranks=state.layout.dp_size,
         multiple=state.length_multiple,
+        owners=None if batch.owners is None else batch.owners.cpu().numpy(),
     )
     values = torch.zeros(2, batch.rollout_ids.shape[0], dtype=torch.float32, device=state.device)
     sums: dict[str, Tensor] = {}
 
     def finish(hidden: Tensor, microbatch: forward.Microbatch) -> tuple[Tensor, None]:
-        out = state.read_head(hidden, microbatch, temperature)
-        tokens = microbatch.tokens
-        result = _token_loss(out, batch.at(tokens), credit.at(tokens), algorithm, mismatch)
+        tokens, part = microbatch.tokens, batch.at(microbatch.tokens)
+        hidden = forward.rows_read(hidden, microbatch, state.layout)
+        ids = None if part.support is None else part.support.ids
+        out = state.read_head(hidden, microbatch.targets, temperature, ids=ids)
+        student = _PackedStudent(state, hidden, out, part.teacher_hidden, temperature)
+        result = _token_loss(student, part, credit.at(tokens), algorithm, mismatch)
         total = (result.loss * weights[tokens]).sum()
         if state.layout.speaks:
             values[0, tokens] = out.logprobs.detach()
@@ -116,31 +200,37 @@ def update(
     forward.run(state.ddp, microbatches, finish, backward=True, device=state.device)
     dist.all_reduce(values)
     grad_norm, skipped = _step(state)
-    metrics = _averages(sums, num_tokens=max(1, int(read.sum())))
-    metrics |= {
-        "grad_norm": grad_norm,
-        "lr": float(state.optimizer.param_groups[0]["lr"]),
-        "tokens_in_update": float(read.sum()),
-    }
+    num_tokens = int(read.sum())
+    metrics = _averages(sums, num_tokens=max(1, num_tokens))
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    metrics |= {"grad_norm": grad_norm, "lr": lr, "tokens_in_update": float(num_tokens)}
     return UpdateResult(
         metrics=metrics, skipped=skipped, logprobs=values[0], entropy=values[1], read=read
     )
 
 
 def _token_loss(
-    out: HeadOutput,
+    student: StudentOutput,
     batch: ResponseBatch,
     credit: Credit,
     algorithm: Algorithm,
     mismatch: MismatchConfig,
 ) -> TokenLoss:
-    """The algorithm's loss on one micro-batch, corrected for the engine's other log-probs."""
-    old = out.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    batch = replace(batch, old_logprobs=old)
-    result = algorithm.token_loss(_PackedStudent(out), batch, credit)
-    if mismatch.level == "off" or batch.rollout_logprobs is None:
+    """The algorithm's loss on one micro-batch; without old log-probs, they are its own.
+
+    A micro-batch without tokens takes part in the collectives only: a method may not even have
+    what it needs, where no rollout of the batch has a context.
+    """
+    if not len(batch.rollout_ids):
+        return TokenLoss(student.logprobs, {})
+    if batch.old_logprobs is not None:
+        return algorithm.token_loss(student, batch, credit)
+    old = student.logprobs.detach()
+    result = algorithm.token_loss(student, replace(batch, old_logprobs=old), credit)
+    if not _corrects(batch, mismatch):
         return result
-    correction = mismatch_weights(old, batch.rollout_logprobs, clip=mismatch.clip)
+    assert not mismatch.needs_old_logprobs, "the reader scores the old policy for these"
+    correction, _ = _mismatch(batch, old, mismatch)
     return TokenLoss(result.loss * correction, result.metrics)
 
 

@@ -25,18 +25,28 @@ Verifier = Callable[[str, str | None, Mapping[str, Any]], float | Outcome]
 NO_ANSWER: Outcome = (0.0, "no answer found")
 
 
-def _outcome(reward: float, given: str) -> Outcome:
-    """`reward` 1 is right; feedback quotes what was given, without repeating a whole essay."""
+def _outcome(reward: float, given: str, answer: str | None, read_as: str = "") -> Outcome:
+    """`reward` 1 is right. Feedback quotes what was given, but never the row's answer.
+
+    A teacher reads it where `feedback` is the context: the answer must not come in that way, not
+    even in the student's own words ("Paris, France" where "Paris" is wanted).
+    """
     if reward >= 1.0:
         return reward, "correct"
+    fault = "is wrong" if reward <= 0.0 else "is only partly right"
+    # As a word of its own: "10" does not give away the answer "1".
+    gold = " ".join(str(answer or "").split())
+    given = " ".join(given.split())
+    if gold and re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", given, re.IGNORECASE):
+        return reward, f"the answer {fault}{read_as}"
     shown = given if len(given) <= 80 else given[:77] + "..."
-    return reward, f"the answer {shown!r} is wrong"
+    return reward, f"the answer {shown!r} {fault}{read_as}"
 
 
 def exact(text: str, answer: str | None, metadata: Mapping[str, Any]) -> Outcome:
     """Equal to the answer, runs of white space apart."""
     given, wanted = " ".join(text.split()), " ".join(str(answer).split())
-    return _outcome(float(given == wanted), given) if given else NO_ANSWER
+    return _outcome(float(given == wanted), given, answer) if given else NO_ANSWER
 
 
 # The letters A to J, in falling order of trust. A bare "a" or "I" before a word is English, not
@@ -57,8 +67,8 @@ def choice(text: str, answer: str | None, metadata: Mapping[str, Any]) -> Outcom
     for pattern in CHOICE_PATTERNS:
         if matches := list(pattern.finditer(text)):
             given = matches[-1].group(matches[-1].lastindex or 0).upper()
-            return _outcome(float(given == str(answer).strip().upper()), given)
-    return NO_ANSWER
+            return _outcome(float(given == str(answer).strip().upper()), given, answer)
+    return 0.0, "no answer found: no letter stands by itself"
 
 
 def math(text: str, answer: str | None, metadata: Mapping[str, Any]) -> Outcome:
@@ -75,9 +85,10 @@ def math(text: str, answer: str | None, metadata: Mapping[str, Any]) -> Outcome:
         raise ValueError(f"math-verify cannot read the row's answer {answer!r}")
     given = math_verify.parse(text, parsing_timeout=0)
     if not given:
-        return NO_ANSWER
+        return 0.0, "no answer found: there is no number and no formula to read"
     equal = math_verify.verify(gold, given, timeout_seconds=0)
-    return _outcome(float(equal), str(given[-1]))
+    read_as = "" if "\\boxed" in text else r"; it is the last one found, for nothing is in \boxed{}"
+    return _outcome(float(equal), str(given[-1]), answer, read_as)
 
 
 def boxed(expression: str) -> str:
@@ -95,7 +106,8 @@ def reasoning_gym(text: str, answer: str | None, metadata: Mapping[str, Any]) ->
         return NO_ANSWER
     options = json.dumps(metadata.get("options", {}), sort_keys=True)
     task = _reasoning_gym_task(metadata["task"], options)
-    return _outcome(float(task.score_answer(given, dict(metadata["entry"]))), given)
+    reward = float(task.score_answer(given, dict(metadata["entry"])))
+    return _outcome(reward, given, answer or metadata["entry"].get("answer"))
 
 
 @cache
@@ -105,10 +117,18 @@ def _reasoning_gym_task(task: str, options: str) -> Any:
     return reasoning_gym.create_dataset(task, seed=0, size=1, **json.loads(options))
 
 
+def code(text: str, answer: str | None, metadata: Mapping[str, Any]) -> Outcome:
+    """The share of the row's tests that the Python program in the text passes, in a sandbox."""
+    from megasd.rewards import programs
+
+    return programs.judge(text, metadata)
+
+
 BUILT_IN: Mapping[str, Verifier] = {
     "math": math,
     "exact": exact,
     "choice": choice,
+    "code": code,
     "reasoning_gym": reasoning_gym,
 }
 PACKAGES = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}
@@ -139,6 +159,12 @@ def check_verifiers(names: Iterable[str]) -> list[str]:
         if package and importlib.util.find_spec(package) is None:
             errors.append(f"verifier {name} needs the package {package}, which is not installed")
             continue
+        if name == "code":
+            from megasd.rewards import sandbox
+
+            if fault := sandbox.check():
+                errors.append(f"verifier code: {fault}")
+            continue
         try:
             find_verifier(name)
         except ValueError as error:
@@ -156,6 +182,10 @@ def check_row(name: str, answer: str | None, metadata: Mapping[str, Any]) -> str
         return f"`answer` must be a letter A-J for verifier choice, not {answer!r}"
     if name == "reasoning_gym" and not {"task", "entry"} <= set(metadata):
         return "`metadata` must hold `task` and `entry` for verifier reasoning_gym"
+    if name == "code":
+        from megasd.rewards import programs
+
+        return programs.check(metadata)
     return None
 
 
@@ -189,7 +219,7 @@ def verify(
     """
     text = extract(response, pattern)
     if text is None:
-        return NO_ANSWER
+        return 0.0, "no answer found: no text is marked as the answer, as data.answer_pattern asks"
     if name == "math" and pattern is not None:
         text = boxed(text)  # what the pattern found is an expression, not prose
     outcome = find_verifier(name)(text, answer, metadata)

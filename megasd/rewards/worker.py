@@ -42,6 +42,8 @@ def warm_up(name: str) -> None:
     """Imports what the verifier needs on its first call."""
     if name == "math":
         verifiers.math("1", "1", {})
+    elif name == "code":
+        verifiers.code("", None, {})
     elif name in verifiers.PACKAGES:
         __import__(verifiers.PACKAGES[name])
     else:

@@ -34,7 +34,7 @@ def _learn(policy: Any, prompts: Any, steps: range) -> list[Any]:
         result = policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
         policy.teacher.after_batch(step, updated=True)
         drawn = [prompt.index for prompt in prompts.next(3)]
-        teacher = policy.score_teacher(views, offsets).logprobs.numpy().copy()
+        teacher = policy.score_teacher("teacher", views, offsets).logprobs.numpy().copy()
         seen.append((result.metrics, drawn, torch.rand(3).tolist(), teacher))
     return seen
 

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from megasd.algorithms.base import Needs
+from megasd.algorithms.base import Algorithm, Needs
 from megasd.losses.config import MismatchConfig
-from megasd.losses.reduce import Reduction
 from megasd.types import Credit, ResponseBatch, StudentOutput, TokenLoss, View
 
 LEARNING_RATE = 1e-3
@@ -18,11 +17,15 @@ STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainLoss:
+class PlainLoss(Algorithm):
     """-logprob - 0.1 entropy of each token, weighed by its advantage: touches all of the head."""
 
-    needs: ClassVar[Needs] = Needs()
-    reduction: Reduction = "token_mean"
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def assign_credit(self, batch: ResponseBatch, step: int) -> Credit:
+        raise NotImplementedError("the cases bring their own credit")
 
     def token_loss(self, student: StudentOutput, batch: ResponseBatch, credit: Credit) -> TokenLoss:
         loss = -(student.logprobs + 0.1 * student.entropy) * credit.advantages
@@ -57,6 +60,7 @@ def batch_and_credit(
     num_tokens = int(lengths.sum())
     batch = ResponseBatch(
         rewards=torch.zeros(len(views), device=device),
+        is_correct=torch.zeros(len(views), dtype=torch.bool, device=device),
         group_ids=torch.arange(len(views), device=device) // 2,
         minibatch_ids=torch.zeros(len(views), dtype=torch.int64, device=device),
         rollout_ids=torch.repeat_interleave(torch.arange(len(views)), lengths).to(device),
@@ -106,6 +110,7 @@ def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
         mismatch=MismatchConfig(level="off"),
         total_steps=settings.get("total_steps", 10),
         seed=0,
+        roles=settings.get("roles", ()),
     )
 
 
@@ -125,8 +130,8 @@ def score_and_learn(folder: Path, settings: Mapping[str, Any], seed: int, vocab:
         updates.append(policy.update(views, offsets, batch, credit, PlainLoss(), minibatch=0))
     after = policy.score(views, offsets)
     return {
-        "before": [x.numpy() for x in before],
-        "after": [x.numpy() for x in after],
+        "before": [x.numpy() for x in before[:2]],
+        "after": [x.numpy() for x in after[:2]],
         "metrics": [update.metrics for update in updates],
         "first_logprobs": updates[0].logprobs.numpy(),
         "first_read": updates[0].read.numpy(),
@@ -183,7 +188,7 @@ def mismatch_and_temperature(folder: Path) -> dict[str, Any]:
         "logprobs": scores.logprobs,
         "entropy": scores.entropy,
         "shift": shift,
-        "credit": tuple(credit),
+        "credit": tuple(credit[:3]),
     }
 
 

@@ -13,7 +13,7 @@ CONFIG = """
 run: {{name: {name}, directory: {folder}, steps: {steps}}}
 model: {{path: {folder}/model, dtype: float32}}
 data: {{files: [{folder}/train.jsonl], verifier: "{verifier}", max_prompt_tokens: 32}}
-context: {{source: answer, template: " [answer: {{context}}]"}}
+context: {{sources: [answer], template: " [answer: {{context}}]"}}
 teacher: {{weights: ema, decay: 0.8}}
 algorithm: {{name: rlsd}}
 reward: {{workers: 1}}

@@ -1,20 +1,31 @@
 """The methods again, written the slow way: float64, plain Python, one rollout after the other.
 
-The arithmetic shares no line with the package, so that agreement means something. At the end,
-random batches to compare on, and what it takes to run the package on them.
+The arithmetic shares no line with the package, so that agreement means something. This file holds
+the credit methods and everything around them; `reference_distributions` the divergences.
 """
 
 import math
-import random
 import statistics
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal
 
-import torch
+from tests.unit.cases import Case
 
-from megasd.losses import reduce
-from megasd.types import Credit, ResponseBatch, StudentOutput, TeacherScores
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What a method does with every token: loss (times the token's own weight) and derivatives.
+
+    `path` names the average that a token belongs to, -1 none; the loss is 0 there.
+    """
+
+    path: list[int]
+    loss: list[float]
+    by_logprob: list[float]  # d loss / d logprob
+    by_logits: list[list[float]] = field(default_factory=list)  # [N, V]; []: all 0
+    advantages: list[float] = field(default_factory=list)
 
 
 def group_advantages(
@@ -37,19 +48,6 @@ def overlong_penalty(length: int, *, buffer_tokens: float, max_response_tokens: 
     if length <= max_response_tokens:
         return ((max_response_tokens - buffer_tokens) - length) / buffer_tokens
     return -1.0
-
-
-def rlsd_advantage(
-    advantage: float, gap: float, *, mix: float, max_deviation: float, pessimistic: bool
-) -> float:
-    if advantage == 0:
-        return 0.0
-    weight = math.exp(gap if advantage > 0 else -gap)
-    clipped = min(max(weight, 1 - max_deviation), 1 + max_deviation)
-    credit = clipped * advantage
-    if pessimistic:
-        credit = min(weight * advantage, credit)
-    return (1 - mix) * advantage + mix * credit
 
 
 def surrogate(
@@ -88,115 +86,315 @@ def reduction_weights(
     return weights
 
 
-def float32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
+def minibatch_weights(reduction: str, path: Sequence[int], case: Case) -> list[float]:
+    """The same where every mini-batch has its own denominators."""
+    weights = [0.0] * len(path)
+    for minibatch in set(case.minibatch_ids):
+        inside = [case.minibatch_ids[rollout] == minibatch for rollout in case.rollout_ids]
+        here = [p if is_in else -1 for p, is_in in zip(path, inside, strict=True)]
+        shares = reduction_weights(reduction, here, case.rollout_ids, case.max_response_tokens)
+        weights = [weight + share for weight, share in zip(weights, shares, strict=True)]
+    return weights
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A batch as lists, every number exact in float32; per rollout or per token."""
-
-    rewards: list[float]
-    group_ids: list[int]
-    has_context: list[bool]
-    rollout_ids: list[int]
-    response_mask: list[bool]
-    logprobs: list[float]
-    old_logprobs: list[float]
-    teacher_logprobs: list[float]
-    entropy: list[float]
-    max_response_tokens: int
-
-    @property
-    def path(self) -> list[int]:
-        return [0 if used else -1 for used in self.response_mask]
-
-    @property
-    def lengths(self) -> list[int]:
-        used = [r for r, m in zip(self.rollout_ids, self.response_mask, strict=True) if m]
-        return [used.count(rollout) for rollout in range(len(self.rewards))]
-
-    def batch(self) -> ResponseBatch:
-        old_logprobs = torch.tensor(self.old_logprobs)
-        return ResponseBatch(
-            rewards=torch.tensor(self.rewards),
-            group_ids=torch.tensor(self.group_ids),
-            minibatch_ids=torch.zeros(len(self.rewards), dtype=torch.long),
-            rollout_ids=torch.tensor(self.rollout_ids),
-            response_mask=torch.tensor(self.response_mask),
-            max_response_tokens=self.max_response_tokens,
-            rollout_logprobs=old_logprobs,
-            old_logprobs=old_logprobs,
-            teachers={
-                "teacher": TeacherScores(
-                    has_context=torch.tensor(self.has_context),
-                    logprobs=torch.tensor(self.teacher_logprobs),
-                )
-            },
-        )
+def gap(case: Case, token: int, role: str = "teacher") -> float:
+    scores = case.roles[role]
+    if not scores.has_context[case.rollout_ids[token]]:
+        return 0.0
+    return scores.logprobs[token] - case.old_logprobs[token]
 
 
-def random_case(seed: int) -> Case:
-    """Groups of 1 to 5 in any order, equal rewards, single tokens, holes, gaps up to 50."""
-    rng = random.Random(seed)
-    rollouts = [
-        (group, reward)
-        for group in range(rng.randint(1, 4))
-        for reward in (
-            [rng.choice([0.1, 1.0])] * rng.randint(1, 5)
-            if rng.random() < 0.25
-            else [rng.choice([0.0, 0.1, 1.0, rng.random()]) for _ in range(rng.randint(1, 5))]
-        )
+def tokens_of(case: Case, rollout: int) -> list[int]:
+    """The response tokens that the policy produced."""
+    return [
+        token
+        for token, owner in enumerate(case.rollout_ids)
+        if owner == rollout and case.response_mask[token]
     ]
-    rng.shuffle(rollouts)
-    lengths = [rng.choice([1, rng.randint(1, 12)]) for _ in rollouts]
-    rollout_ids = [index for index, length in enumerate(lengths) for _ in range(length)]
-    has_context = [rng.random() < 0.8 for _ in rollouts]
-    old_logprobs = [float32(rng.choice([-4, -4, -4, -60]) * rng.random()) for _ in rollout_ids]
-    gaps = [rng.choice([0.0, rng.gauss(0, 0.3), rng.gauss(0, 3), 50.0, -50.0]) for _ in rollout_ids]
-    return Case(
-        rewards=[float32(reward) for _, reward in rollouts],
-        group_ids=[10 * group + 3 for group, _ in rollouts],
-        has_context=has_context,
-        rollout_ids=rollout_ids,
-        response_mask=[rng.random() < 0.9 for _ in rollout_ids],
-        logprobs=[
-            float32(old + rng.choice([0, 0.1, 1, 30]) * rng.gauss(0, 1)) for old in old_logprobs
-        ],
-        old_logprobs=old_logprobs,
-        teacher_logprobs=[
-            float32(old + gap) if has_context[rollout] else old
-            for old, gap, rollout in zip(old_logprobs, gaps, rollout_ids, strict=True)
-        ],
-        entropy=[float32(3 * rng.random()) for _ in rollout_ids],
-        max_response_tokens=12,
+
+
+def policy_gradient(
+    case: Case,
+    advantages: list[float],
+    *,
+    path: list[int] | None = None,
+    weights: Sequence[float] | None = None,
+    low: float = 0.2,
+    high: float = 0.28,
+    dual: float | None = None,
+) -> Update:
+    """-pg(A_hat) on every token of `path`, by default on all that the policy produced."""
+    path = case.path if path is None else path
+    pairs = [
+        surrogate(case.logprobs[token], case.old_logprobs[token], a, low=low, high=high, dual=dual)
+        for token, a in enumerate(advantages)
+    ]
+    scales = [
+        (1.0 if weights is None else weights[token]) * (place >= 0)
+        for token, place in enumerate(path)
+    ]
+    return Update(
+        path=path,
+        loss=[scale * loss for scale, (loss, _) in zip(scales, pairs, strict=True)],
+        by_logprob=[scale * slope for scale, (_, slope) in zip(scales, pairs, strict=True)],
+        advantages=advantages,
     )
 
 
-class FakeStudent(StudentOutput):
-    """A forward pass whose outputs are given."""
-
-    def __init__(self, logprobs: torch.Tensor, entropy: torch.Tensor | None = None) -> None:
-        self._logprobs, self._entropy = logprobs, entropy
-
-    @property
-    def logprobs(self) -> torch.Tensor:
-        return self._logprobs
-
-    @property
-    def entropy(self) -> torch.Tensor:
-        assert self._entropy is not None, "nobody asked for the entropy"
-        return self._entropy
+def grpo(case: Case, *, scale_by_std: bool = True) -> list[float]:
+    """A of every token."""
+    per_rollout = group_advantages(case.rewards, case.group_ids, scale_by_std=scale_by_std)
+    return [per_rollout[rollout] for rollout in case.rollout_ids]
 
 
-def update_weights(
-    reduction: reduce.Reduction, batch: ResponseBatch, credit: Credit
-) -> torch.Tensor:
-    """What each token's loss is multiplied by when the whole batch is one mini-batch."""
-    return credit.token_weights * reduce.reduction_weights(
-        reduction,
-        credit.path,
-        batch.rollout_ids,
-        num_rollouts=batch.num_rollouts,
-        max_response_tokens=batch.max_response_tokens,
+def mix_at(step: int, mix: float, mix_steps: int | None) -> float:
+    if mix_steps is None:
+        return mix
+    return mix * (mix_steps - step) / mix_steps if step < mix_steps else 0.0
+
+
+def weighed(advantage: float, log_weight: float, mix: float, max_deviation: float) -> float:
+    weight = min(max(math.exp(log_weight), 1 - max_deviation), 1 + max_deviation)
+    return advantage * ((1 - mix) + mix * weight)
+
+
+def sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def rlsd_advantage(
+    advantage: float, gap: float, *, mix: float, max_deviation: float, pessimistic: bool
+) -> float:
+    if advantage == 0:
+        return 0.0
+    weight = math.exp(gap if advantage > 0 else -gap)
+    clipped = min(max(weight, 1 - max_deviation), 1 + max_deviation)
+    credit = clipped * advantage
+    if pessimistic:
+        credit = min(weight * advantage, credit)
+    return (1 - mix) * advantage + mix * credit
+
+
+def rlrt(
+    case: Case, *, mix: float, max_deviation: float, gate: str = "correct", scale_by_std: bool
+) -> list[float]:
+    return [
+        weighed(a, -sign(a) * gap(case, token), mix, max_deviation)
+        if gate == "all" or case.is_correct[case.rollout_ids[token]]
+        else a
+        for token, a in enumerate(grpo(case, scale_by_std=scale_by_std))
+    ]
+
+
+def cepo(case: Case, *, mix: float, max_deviation: float, scale_by_std: bool) -> list[float]:
+    advantages = []
+    for token, a in enumerate(grpo(case, scale_by_std=scale_by_std)):
+        roles = [case.roles[role] for role in ("teacher", "wrong[0]")]
+        if all(role.has_context[case.rollout_ids[token]] for role in roles):
+            evidence = roles[0].logprobs[token] - roles[1].logprobs[token]
+            a = weighed(a, sign(a) * evidence, mix, max_deviation)
+        advantages.append(a)
+    return advantages
+
+
+def interpolated(values: Sequence[float], level: float) -> float:
+    """Linear interpolation between the two neighbours in order."""
+    ordered = sorted(values)
+    place = level * (len(ordered) - 1)
+    below = min(math.floor(place), len(ordered) - 2) if len(ordered) > 1 else 0
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def dasd(
+    case: Case,
+    *,
+    beta: float = 0.1,
+    quantile: float = 0.2,
+    max_gap: float | None = 3.0,
+    route: str = "entropy",
+    direction: str = "tanh",
+    gate: str = "gap",
+    min_gap: float = 0.1,
+    scale_by_std: bool = True,
+) -> list[float]:
+    advantages = grpo(case, scale_by_std=scale_by_std)
+    for rollout, has_context in enumerate(case.has_context):
+        tokens = tokens_of(case, rollout)
+        if not has_context or not tokens:
+            continue
+        # what the route compares with its quantile: entropy, or the place in the response
+        level = [case.entropy[t] if route == "entropy" else t - tokens[0] for t in tokens]
+        tau = interpolated(level, quantile)
+        spread = statistics.fmean(abs(x - statistics.fmean(level)) for x in level)
+        median = statistics.median(abs(gap(case, t)) for t in tokens)
+        for token, x in zip(tokens, level, strict=True):
+            score = (tau - x) / (spread + 1e-6)
+            omega = {
+                "tanh": math.tanh(score),
+                "hard": sign(tau - x),
+                "linear": min(max(score, -1), 1),
+            }[direction]
+            omega = {"attract": 1, "repel": -1}.get(route, omega)
+            relative = gap(case, token) / (median + 1e-6)
+            if max_gap is not None:
+                relative = min(max(relative, -max_gap), max_gap)
+            size = abs(relative)
+            omega *= {
+                "gap": 1 / (1 + math.exp(1 - min(size, 600.0))),
+                "none": 1,
+                "magnitude": size,
+                "fixed": abs(gap(case, token)) > min_gap,
+            }[gate]
+            advantages[token] += beta * omega * relative
+    return advantages
+
+
+def hepo_path(case: Case, *, token_share: float | Fraction = 0.2) -> list[int]:
+    path = [-1] * len(case.rollout_ids)
+    for minibatch in set(case.minibatch_ids):
+        tokens = [
+            token
+            for token, rollout in enumerate(case.rollout_ids)
+            if case.minibatch_ids[rollout] == minibatch and case.response_mask[token]
+        ]
+        count = max(1, math.ceil(Fraction(str(token_share)) * len(tokens)))
+        for token in sorted(tokens, key=lambda t: (-case.entropy[t], t))[:count]:
+            path[token] = 0
+    return path
+
+
+def with_entropy_bonus(
+    case: Case, advantages: list[float], *, alpha: float = 0.4, kappa: float = 2.0
+) -> list[float]:
+    return [
+        a + min(alpha * entropy, abs(a) / kappa)
+        for a, entropy in zip(advantages, case.entropy, strict=True)
+    ]
+
+
+def tail_path(case: Case, *, start: Fraction) -> list[int]:
+    """What stays when the first floor(start x L) of each rollout's L response tokens leave."""
+    path = [-1] * len(case.rollout_ids)
+    for rollout in range(len(case.rewards)):
+        tokens = tokens_of(case, rollout)
+        for token in tokens[math.floor(start * len(tokens)) :]:
+            path[token] = 0
+    return path
+
+
+def opd(case: Case, *, coef: float, uses_rewards: bool, scale_by_std: bool) -> list[float]:
+    return [
+        uses_rewards * a + coef * gap(case, token)
+        for token, a in enumerate(grpo(case, scale_by_std=scale_by_std))
+    ]
+
+
+def rlcsd(
+    case: Case,
+    *,
+    tau: float = 0.02,
+    beta: float = 1.0,
+    mix: float = 0.5,
+    delta: float = 0.02,
+    eta: float = 1.0,
+    scale_by_std: bool = True,
+) -> Update:
+    advantages = grpo(case, scale_by_std=scale_by_std)
+    path, weights = [-1] * len(advantages), [1.0] * len(advantages)
+    for rollout, has_context in enumerate(case.has_context):
+        roles = [case.roles[f"wrong[{k}]"] for k in (0, 1)]
+        wrong = [role.logprobs for role in roles if role.has_context[rollout]]
+        if not has_context or not wrong:
+            continue
+        for token in tokens_of(case, rollout):
+            highest = max(role[token] for role in wrong)
+            mean = sum(math.exp(role[token] - highest) for role in wrong) / len(wrong)
+            evidence = case.teacher_logprobs[token] - highest - math.log(mean)
+            u = min(max(beta * mix * math.tanh(evidence / tau), -2.0), 2.0)
+            path[token] = int(abs(u) > delta)
+            if path[token] == 0:
+                continue
+            weights[token] = eta
+            a = advantages[token]
+            advantages[token] = max(a + u, 0.0) if a > 0 else min(a + u, 0.0) if a < 0 else 0.0
+    return policy_gradient(case, advantages, path=path, weights=weights, low=0.2, high=0.2)
+
+
+def distilled_rl(case: Case, *, max_ratio: float = 3.0, scale_by_std: bool = True) -> list[float]:
+    advantages = grpo(case, scale_by_std=scale_by_std)
+    for rollout in range(len(case.rewards)):
+        tokens = tokens_of(case, rollout)
+        ratios = [
+            min(max(math.exp(gap(case, token)), 1 / max_ratio), max_ratio) for token in tokens
+        ]
+        for token, ratio in zip(tokens, ratios, strict=True):
+            if advantages[token] > 0:
+                advantages[token] *= ratio / statistics.geometric_mean(ratios)
+    return advantages
+
+
+@dataclass
+class AntiSD:
+    """The method with what it remembers: call it once per step, in order."""
+
+    lam: float = 0.5
+    warmup_steps: int = 5
+    off_below: float = 0.93
+    scale_by_std: bool = True
+    read: list[float] = field(default_factory=list)  # the teacher's entropies during warm-up
+    is_on: bool = True
+
+    def __call__(self, case: Case, step: int) -> list[float]:
+        entropies = [
+            case.roles["teacher"].entropy[token]
+            for rollout, has_context in enumerate(case.has_context)
+            if has_context
+            for token in tokens_of(case, rollout)
+        ]
+        advantages = grpo(case, scale_by_std=self.scale_by_std)
+        if step < self.warmup_steps:
+            self.read += entropies
+            return advantages
+        if entropies and self.read:
+            median, reference = statistics.median(entropies), statistics.median(self.read)
+            if median < self.off_below * reference:
+                self.is_on = False
+            elif median >= reference:
+                self.is_on = True
+        if not self.is_on:
+            return advantages
+        return [
+            a - self.lam * 0.5 * (softplus(gap(case, token)) - math.log(2))
+            for token, a in enumerate(advantages)
+        ]
+
+
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def sft(case: Case) -> Update:
+    return Update(
+        path=case.path,
+        loss=[-x if m else 0.0 for x, m in zip(case.logprobs, case.response_mask, strict=True)],
+        by_logprob=[-1.0 if m else 0.0 for m in case.response_mask],
     )
+
+
+def reference_penalty(
+    case: Case, *, kl_coef: float, estimator: Literal["k1", "k2", "k3"], entropy_coef: float
+) -> Update:
+    """What GRPO adds to its surrogate: -entropy_coef H + kl_coef k(ref - logprob)."""
+    loss, slopes = [], []
+    for token, is_used in enumerate(case.response_mask):
+        difference = case.roles["reference"].logprobs[token] - case.logprobs[token]
+        x = min(max(difference, -20.0), 20.0)
+        value, slope = {
+            "k1": (-x, -1.0),
+            "k2": (x * x / 2, x),
+            "k3": (math.exp(x) - 1 - x, math.exp(x) - 1),
+        }[estimator]
+        loss.append(is_used * (kl_coef * value - entropy_coef * case.entropy[token]))
+        slopes.append(is_used * kl_coef * -slope * (abs(difference) <= 20))
+    return Update(path=case.path, loss=loss, by_logprob=slopes)

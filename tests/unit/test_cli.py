@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import megasd.data.sources
+from megasd.algorithms import ALGORITHMS
 from megasd.cli import main
 from megasd.config import load_config, to_yaml
 from tests.unit.workspace import make_workspace, write
@@ -61,7 +62,7 @@ def test_a_dry_run_prints_the_resolved_config_and_the_plan(
     assert "4 = 2 data x 1 pipeline x 2 tensor" in plan
     assert "8 prompts x 4 = 32 responses sampled, mini-batches of 32" in plan
     assert "at most 6,400 per step, 200 per sequence, in a context of 512" in plan
-    assert "snapshot weights, reads the answer" in plan
+    assert "snapshot weights read the answer" in plan
     *_, header, first, second, _, _ = plan.splitlines()
     assert " ".join(header.split()) == (
         "rank dp pp tp layers vocabulary heads / kv prompts parameters"
@@ -212,12 +213,26 @@ def test_a_fault_found_while_running_is_a_sentence_but_a_bug_keeps_its_traceback
         main(["train", "config.yaml"])
 
 
-def test_algorithms_are_listed_with_their_papers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_algorithms_are_listed_with_papers_needs_and_the_sources_of_defaults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["algorithms"]) == 0
-    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    _, *lines = capsys.readouterr().out.splitlines()
     assert main(["algorithms", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == listed
-    assert listed["rlsd"] == "arXiv:2604.03128"
+    listed = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
+    assert [line.split()[0] for line in lines] == list(listed) == list(ALGORITHMS)
+    for method in listed.values():
+        assert method.keys() == {"name", "paper", "needs", "defaults"}
+        assert all(default["source"] for default in method["defaults"].values()), method["name"]
+    rlsd, sdpo_code = listed["rlsd"], listed["sdpo_code"]
+    assert rlsd["paper"] == "arXiv:2604.03128"
+    assert rlsd["needs"]["contexts"] == ["answer"]
+    assert rlsd["needs"]["passes"] == ["student before the update", "teacher as teacher"]
+    assert rlsd["defaults"]["algorithm.mix"] == {"value": 0.5, "source": "paper (section 5.1)"}
+    assert rlsd["defaults"]["teacher.every"]["value"] == 10
+    assert sdpo_code["defaults"]["teacher.decay"] == {"value": 0.99, "source": "preset sdpo_code"}
+    assert sdpo_code["defaults"]["algorithm.divergence"]["value"]["rest"] == "tail"
+    assert sdpo_code["needs"]["bytes_per_token"]["reading_rank"] == 8 * 20
 
 
 def test_an_export_goes_to_a_new_folder(

@@ -1,4 +1,4 @@
-"""Every recipe that is shipped loads."""
+"""Every config that is shipped loads."""
 
 from pathlib import Path
 
@@ -7,8 +7,10 @@ import pytest
 from megasd.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+BASES = set(CONFIGS.rglob("base*.yaml"))  # they name no method: recipes extend them
+RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - BASES)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_the_recipe_loads(path: Path) -> None:
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_the_config_loads(path: Path) -> None:
     load_config(path, ["run.name=tried", "model.path=model"])

@@ -6,11 +6,11 @@ import pytest
 from megasd.data.config import ContextConfig
 from megasd.data.context import PrivilegedContext, student_view
 from megasd.testing.tiny import tiny_tokenizer
-from megasd.types import Prompt, Rollout, View
+from megasd.types import Prompt, Rollout, Verdict, View
 
 # One token per character, and one per marker: lengths can be counted by eye.
 TOKENIZER = tiny_tokenizer(strings=())
-CONFIG = ContextConfig(source="solution", template=" [{context}]", max_tokens=100)
+CONFIG = ContextConfig(sources=["solution"], template=" [{context}]", max_tokens=100)
 PROBLEM = "What is 12+30?"
 PLAIN = f"<|system|>s<|user|>earlier<|assistant|>ok<|eos|><|user|>{PROBLEM}<|assistant|>"
 
@@ -42,8 +42,25 @@ def rollout(answer: str | None = "42", solution: str | None = "10+30=40;40+2=42"
 
 
 def context(max_context_tokens: int = 1000, **changes) -> PrivilegedContext:
-    config = replace(CONFIG, **changes)
-    return PrivilegedContext(config, TOKENIZER, {}, max_context_tokens=max_context_tokens)
+    return privileged(replace(CONFIG, **changes), TOKENIZER, max_context_tokens)
+
+
+def privileged(config: ContextConfig, tokenizer, max_context_tokens: int = 1000):
+    return PrivilegedContext(
+        config,
+        tokenizer,
+        {},
+        max_context_tokens=max_context_tokens,
+        success_threshold=1.0,
+        answer_pattern=None,
+        seed=0,
+    )
+
+
+def teacher_view(built: PrivilegedContext, rollout: Rollout) -> View | None:
+    """What the teacher reads of a rollout that is its whole batch."""
+    (text,) = built.texts("teacher", [rollout], [Verdict()], step=0)
+    return None if text is None else built.view(rollout, text)
 
 
 def read(view: View | None) -> str:
@@ -59,8 +76,8 @@ def test_the_student_reads_the_plain_prompt_and_its_own_response():
 
 @pytest.mark.parametrize(("source", "text"), [("answer", "42"), ("solution", "10+30=40;40+2=42")])
 def test_the_teacher_reads_the_source_at_the_end_of_the_last_user_message(source, text):
-    built = context(source=source)
-    view = built.view(rollout())
+    built = context(sources=[source])
+    view = teacher_view(built, rollout())
     assert read(view) == PLAIN.replace(PROBLEM, f"{PROBLEM} [{text}]")
     assert view is not None
     assert view.response_ids.tolist() == [90, 3, 3, 1]
@@ -68,24 +85,25 @@ def test_the_teacher_reads_the_source_at_the_end_of_the_last_user_message(source
 
 
 def test_braces_in_the_privileged_text_are_text():
-    view = context().view(rollout(solution=r"\frac{1}{2} {context}"))
+    view = teacher_view(context(), rollout(solution=r"\frac{1}{2} {context}"))
     assert r"[\frac{1}{2} {context}]" in read(view)
 
 
 def test_a_missing_source_means_no_context_unless_the_answer_may_stand_in():
     without = rollout(solution=None)
-    assert context().view(without) is None
-    assert f"{PROBLEM} [42]" in read(context(fall_back_to_answer=True).view(without))
-    assert context(fall_back_to_answer=True).view(rollout(None, None)) is None
-    assert context(source="answer").view(rollout(answer=" ")) is None
+    assert teacher_view(context(), without) is None
+    lenient = context(fall_back_to_answer=True)
+    assert f"{PROBLEM} [42]" in read(teacher_view(lenient, without))
+    assert teacher_view(lenient, rollout(None, None)) is None
+    assert teacher_view(context(sources=["answer"]), rollout(answer=" ")) is None
 
 
 def test_a_long_source_loses_its_end_and_the_cut_is_counted():
     built = context(max_tokens=8)
     for sample in range(3):
-        view = built.view(rollout(sample=sample))
+        view = teacher_view(built, rollout(sample=sample))
         assert read(view) == PLAIN.replace(PROBLEM, f"{PROBLEM} [10+30=40]")
-    assert built.view(rollout(solution="12345678")) is not None
+    assert teacher_view(built, rollout(solution="12345678")) is not None
     assert built.num_cut == 3
 
 
@@ -95,7 +113,7 @@ def test_the_whole_view_fits_the_context_and_only_the_source_is_cut():
     full = plain + block + len("10+30=40;40+2=42") + response
     for room in range(full + 1, plain, -1):
         built = context(max_context_tokens=room)
-        view = built.view(rollout())
+        view = teacher_view(built, rollout())
         fitting = min(16, room - plain - block - response)
         if fitting <= 0:  # an empty reference is no reference
             assert view is None
@@ -108,11 +126,22 @@ def test_the_whole_view_fits_the_context_and_only_the_source_is_cut():
             assert (built.num_cut, built.num_without_room) == (int(fitting < 16), 0)
 
 
+def test_of_several_sources_only_the_end_of_the_last_is_cut():
+    built = context(sources=["answer", "solution"])
+    student = rollout()
+    (text,) = built.texts("teacher", [student], [Verdict()], step=0)
+    assert text == "The correct answer:\n42\n\nA verified solution:\n10+30=40;40+2=42"
+    for keep in (len(text), len(text) - 1, len(text) - 20):
+        view = context(max_tokens=keep).view(student, text)
+        assert read(view) == PLAIN.replace(PROBLEM, f"{PROBLEM} [{text[:keep]}]")
+        assert view is not None
+        assert view.response_ids is student.token_ids
+
+
 def test_a_character_of_several_tokens_is_cut_as_a_whole():
     tokenizer = byte_level_tokenizer()
-    config = replace(CONFIG, max_tokens=6)
-    built = PrivilegedContext(config, tokenizer, {}, max_context_tokens=1000)
-    view = built.view(rollout(solution="ab€€"))  # 2 + 3 + 3 bytes: the 6th is inside a euro sign
+    built = privileged(replace(CONFIG, max_tokens=6), tokenizer)
+    view = built.view(rollout(), "ab€€")  # 2 + 3 + 3 bytes: the 6th is inside a euro sign
     assert view is not None
     assert tokenizer.decode(view.prompt_ids) == f"{PROBLEM} [ab€]"
 
@@ -143,7 +172,7 @@ def test_a_group_shares_one_tokenisation(monkeypatch):
     encode_chat = module.encode_chat
     monkeypatch.setattr(module, "encode_chat", counted)
     built = context()
-    views = [built.view(rollout(sample=sample)) for sample in range(8)]
+    views = [teacher_view(built, rollout(sample=sample)) for sample in range(8)]
     assert len(calls) == 1
     assert len({read(view) for view in views}) == 1
 

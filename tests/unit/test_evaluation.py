@@ -1,13 +1,16 @@
 """Held-out evaluation with an engine and a scorer that do as they are told, on one rank."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from megasd.evaluation.config import EvaluationConfig
-from megasd.evaluation.evaluate import evaluate
+from megasd.evaluation.evaluate import Counts, Evaluation, evaluate, leakage
+from megasd.evaluation.evaluator import Evaluator
+from megasd.evaluation.records import read_counts
 from megasd.rollout.engine import Request
 from megasd.types import Prompt, Rollout, Verdict
 
@@ -60,7 +63,7 @@ class Scorer:
 
 def run(
     rewards: Sequence[Sequence[float | None]], engine: Engine | None = None, **config: Any
-) -> dict[str, float]:
+) -> Evaluation:
     return evaluate(
         cast(Any, Engine() if engine is None else engine),
         cast(Any, Scorer(rewards)),
@@ -74,7 +77,7 @@ def run(
 
 
 def test_figures_are_those_counted_by_hand() -> None:
-    report = run([[1.0, 0.5], [0.4, 0.0], [0.0, 1.0], [1.0, 0.1]])
+    report, counts = run([[1.0, 0.5], [0.4, 0.0], [0.0, 1.0], [1.0, 0.1]])
     assert report["evaluation/accuracy"] == pytest.approx((1 + 0 + 0.5 + 0.5) / 4)
     assert report["evaluation/accuracy_low"] < 0.5 < report["evaluation/accuracy_high"]
     assert report["evaluation/pass_at_2"] == pytest.approx(3 / 4)
@@ -82,13 +85,15 @@ def test_figures_are_those_counted_by_hand() -> None:
     assert report["evaluation/truncated"] == pytest.approx(3 / 8)
     assert report["evaluation/reward_errors"] == 0
     assert report["evaluation/responses"] == 8
+    assert counts == Counts(prompts=[0, 10, 20, 30], right=[2, 0, 1, 1], judged=[2, 2, 2, 2])
 
 
 def test_a_verifier_that_failed_is_counted_and_neither_right_nor_wrong() -> None:
-    report = run([[1.0, None], [0.0, 0.0], [None, None], [1.0, 1.0]])
+    report, counts = run([[1.0, None], [0.0, 0.0], [None, None], [1.0, 1.0]])
     assert report["evaluation/accuracy"] == pytest.approx((1 + 0 + 1) / 3)
     assert report["evaluation/pass_at_2"] == pytest.approx(1 / 2)
     assert report["evaluation/reward_errors"] == 3
+    assert counts == Counts(prompts=[0, 10, 20, 30], right=[1, 0, 0, 2], judged=[1, 2, 0, 2])
 
 
 def test_every_response_has_a_seed_of_its_own_that_does_not_depend_on_the_step() -> None:
@@ -107,3 +112,51 @@ def test_max_prompts_takes_the_first_rows_and_their_responses_stay_the_same() ->
     run([[0.0, 1.0]] * 4, first_two, temperature=0.7, max_prompts=2)
     assert list(first_two.requests) == list(all_of_them.requests)[:4]
     assert {request.temperature for request in first_two.requests} == {0.7}
+
+
+def test_leakage_is_the_share_of_responses_that_mention_the_reference() -> None:
+    texts = [
+        "According to the reference, it is 4.",
+        "2 + 2 = 4, as the PROVIDED solution says, and according to the reference.",
+        "The answer is 4.",
+        "A saline solution of 4 %, as reference.",
+    ]
+    assert leakage(texts, EvaluationConfig()) == 2 / 4
+    assert leakage(texts, EvaluationConfig(leakage_patterns=[r"\b4 ?%", "^2"])) == 2 / 4
+
+
+def test_leakage_is_logged_unless_there_are_no_patterns() -> None:
+    rewards = [[1.0, 1.0]] * 4
+    assert run(rewards).metrics["evaluation/leakage"] == 0.0
+    assert run(rewards, leakage_patterns=["^$"]).metrics["evaluation/leakage"] == 1.0
+    assert "evaluation/leakage" not in run(rewards, leakage_patterns=[]).metrics
+
+
+def test_a_pattern_that_is_none_is_refused_where_it_is_read() -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.leakage_patterns: '\(the' is not"):
+        EvaluationConfig(leakage_patterns=["fine", "(the"])
+
+
+def test_the_counts_of_every_evaluation_lie_in_the_run_folder(tmp_path: Path) -> None:
+    def evaluator(folder: Path | None, rewards: Sequence[Sequence[float]]) -> Evaluator:
+        return Evaluator(
+            EvaluationConfig(samples=2),
+            PROMPTS,
+            engine=cast(Any, Engine()),
+            scorer=cast(Any, Scorer(rewards)),
+            spread=cast(Any, OneRank()),
+            seed=5,
+            max_response_tokens=3,
+            success_threshold=0.5,
+            run_folder=folder,
+        )
+
+    better = [[1.0, 1.0]] * 4
+    evaluator(tmp_path, [[0.0, 1.0]] * 4).evaluate(0)
+    evaluator(tmp_path, [[0.0, 0.0]] * 4).evaluate(20)
+    evaluator(tmp_path, better).evaluate(20)  # resumed
+    metrics = evaluator(None, better).evaluate(30)  # another rank
+    assert metrics["evaluation/accuracy"] == 1.0
+    assert read_counts(tmp_path, 0).right == [1, 1, 1, 1]
+    assert read_counts(tmp_path, 20) == Counts([0, 10, 20, 30], [2, 2, 2, 2], [2, 2, 2, 2])
+    assert len(list(tmp_path.rglob("*.json"))) == 2

@@ -1,7 +1,6 @@
 """From prompts to a batch: who takes part, what is made up for, what is counted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -9,14 +8,13 @@ import pytest
 import torch
 
 from megasd.algorithms.grpo import GRPO
-from megasd.algorithms.rlsd import RLSD
 from megasd.data.prompts import Prompts
-from megasd.experience import Collector, Experience, Reader
+from megasd.experience import Collector
 from megasd.metrics.phases import Phases
 from megasd.rewards.config import RewardConfig
 from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import Request
-from megasd.types import Prompt, Rollout, Scores, Verdict, View
+from megasd.types import Prompt, Rollout, Verdict
 
 GROUP_SIZE = 2
 
@@ -69,6 +67,7 @@ def collector(judge: Callable[[Rollout], Verdict], algorithm: Any, groups: int =
         scorer=cast(Any, FakeScorer(judge)),
         spread=cast(Any, Alone()),
         algorithm=algorithm,
+        needs_rewards=True,
         rollout=RolloutConfig(
             prompts_per_step=groups, group_size=GROUP_SIZE, max_response_tokens=9
         ),
@@ -133,80 +132,3 @@ def test_seeds_differ_between_samples_prompts_and_steps_and_repeat_with_the_run(
 
     assert len({*seeds(0), *seeds(1)}) == 12
     assert seeds(0) == seeds(0)
-
-
-class FakePolicy:
-    """Scores 0 for the student and `gap` for the teacher; remembers which views it read."""
-
-    def __init__(self, gap: float) -> None:
-        self.gap = gap
-        self.passes: list[tuple[str, list[bool]]] = []
-
-    def _score(self, who: str, value: float, views: Sequence[View | None], n: int) -> Scores:
-        self.passes.append((who, [view is not None for view in views]))
-        return Scores(torch.full((n,), value), torch.full((n,), 0.5))
-
-    def score(self, views: Sequence[View | None], offsets: np.ndarray) -> Scores:
-        return self._score("student", -1.0, views, int(offsets[-1]))
-
-    def score_teacher(self, views: Sequence[View | None], offsets: np.ndarray) -> Scores:
-        return self._score("teacher", -1.0 + self.gap, views, int(offsets[-1]))
-
-
-class FakeContext:
-    num_cut = 0
-    num_without_room = 0
-
-    def view(self, rollout: Rollout, group: Sequence[Any]) -> View | None:
-        assert any(other is rollout for other, _ in group)
-        assert len({other.prompt.index for other, _ in group}) == 1
-        if rollout.prompt.index == 1:
-            self.num_without_room += 1
-            return None  # no token of its privileged text fits
-        return View(prompt_ids=np.array([1, 2]), response_ids=rollout.token_ids)
-
-
-def an_experience(judge: Callable[[Rollout], Verdict] = first_wins) -> Experience:
-    return collector(judge, GRPO()).collect(0, Phases())
-
-
-def reader(policy: FakePolicy, algorithm: Any, minibatches: int = 1) -> Reader:
-    return Reader(cast(Any, policy), algorithm, cast(Any, FakeContext()), minibatches=minibatches)
-
-
-def test_only_rollouts_whose_advantage_is_not_zero_are_read_by_the_teacher() -> None:
-    def judge(rollout: Rollout) -> Verdict:  # the group of prompt 2 is all right
-        return Verdict(reward=float(rollout.sample == 0 or rollout.prompt.index == 2))
-
-    policy = FakePolicy(gap=0.25)
-    batch, metrics = reader(policy, RLSD()).read(an_experience(judge), step=0)
-    assert [who for who, _ in policy.passes] == ["student", "teacher"]
-    assert policy.passes[1][1] == [True, True, False, False, False, False]
-    assert metrics["teacher/rows_scored"] == pytest.approx(2 / 6)
-    assert metrics["teacher/has_context"] == 0.5, "of the four that were wanted"
-    assert metrics["teacher/contexts_without_room"] == 2.0
-    teacher = batch.teachers["teacher"]
-    assert batch.old_logprobs is not None
-    gap = (teacher.logprobs - batch.old_logprobs).tolist()
-    assert gap == [0.25, 0.25, *[0.0] * 10], "without context the teacher agrees"
-
-
-def test_no_pass_runs_that_cannot_change_the_update() -> None:
-    policy = FakePolicy(gap=0.25)
-    batch, _ = reader(policy, RLSD()).read(an_experience(), step=50)  # the mix is 0 by now
-    assert policy.passes == []
-    assert batch.old_logprobs is None, "the update's own forward pass provides them"
-    reader(policy, GRPO()).read(an_experience(), step=0)
-    assert policy.passes == []
-    reader(policy, GRPO(), minibatches=2).read(an_experience(), step=0)
-    assert [who for who, _ in policy.passes] == ["student"]
-
-
-def test_a_teacher_that_says_what_the_student_says_for_three_steps_is_reported_once() -> None:
-    one = reader(FakePolicy(gap=0.0), RLSD())
-    experience = an_experience()
-    for step in (0, 1):
-        one.read(experience, step)
-    with pytest.warns(UserWarning, match=r"context\.source"):
-        one.read(experience, 2)
-    one.read(replace(experience), 3)

@@ -4,9 +4,15 @@ import statistics
 import pytest
 import torch
 
+from megasd.losses.config import MismatchConfig
 from megasd.losses.credit import group_advantages, one_path, overlong_penalty, per_token
-from megasd.losses.mismatch import mismatch_metrics, mismatch_weights
-from megasd.losses.policy_gradient import ClipRange, clipped_surrogate
+from megasd.losses.mismatch import (
+    mismatch_metrics,
+    mismatch_ratio,
+    mismatch_weights,
+    sequence_mismatch_ratio,
+)
+from megasd.losses.policy_gradient import ClipRange, clipped_surrogate, reference_kl
 from megasd.losses.teacher import teacher_metrics
 
 
@@ -130,7 +136,37 @@ def test_mismatch_weights_are_truncated_above_only():
     old = torch.tensor([-1.0, -1.0, -1.0, -500.0, 0.0])
     rollout = torch.tensor([-1.0, -1.5, -3.0, 0.0, -500.0])
     expected = [1.0, math.exp(0.5), 2.0, math.exp(-20), 2.0]
-    assert mismatch_weights(old, rollout, clip=2.0).tolist() == pytest.approx(expected, rel=1e-6)
+    weights, stays = mismatch_weights(mismatch_ratio(old, rollout), MismatchConfig(clip=2.0))
+    assert weights.tolist() == pytest.approx(expected, rel=1e-6)
+    assert stays.all()
+
+
+def test_a_sequence_s_ratio_is_the_product_over_its_response_tokens():
+    old = torch.tensor([-1.0, -0.5, -9.0, -1.0, -50.0])
+    rollout = torch.tensor([-1.25, -0.25, 0.0, -2.0, 0.0])
+    mask = torch.tensor([True, True, False, True, True])
+    ids = torch.tensor([0, 0, 0, 2, 1])
+    ratio = sequence_mismatch_ratio(old, rollout, mask, ids, num_rollouts=3)
+    expected = [1.0, 1.0, 1.0, math.e, math.exp(-20)]
+    assert ratio.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_lies_outside_the_bounds_is_rejected_before_it_is_truncated():
+    ratio = torch.tensor([0.49, 0.5, 1.0, 3.0, 3.01])
+    weights, stays = mismatch_weights(ratio, MismatchConfig(clip=2.0, reject=(0.5, 3.0)))
+    assert weights.tolist() == pytest.approx([0.49, 0.5, 1.0, 2.0, 2.0])
+    assert stays.tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", 0.106531)])
+def test_reference_kl_estimates_by_hand(estimator, expected):
+    logprobs = torch.tensor([-1.0], requires_grad=True)
+    estimate = reference_kl(logprobs, torch.tensor([-1.5]), estimator=estimator)
+    assert estimate.item() == pytest.approx(expected, abs=1e-6)
+    estimate.sum().backward()
+    slope = {"k1": 1.0, "k2": 0.5, "k3": 1 - math.exp(-0.5)}[estimator]  # by the log-prob
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(slope, abs=1e-6)
 
 
 def test_mismatch_metrics_by_hand():
@@ -165,32 +201,25 @@ def test_an_engine_that_agrees_has_no_mismatch():
 def test_metrics_of_no_token_are_left_out():
     nothing = torch.zeros(2, dtype=torch.bool)
     assert mismatch_metrics(torch.zeros(2), torch.zeros(2), nothing) == {}
-    assert teacher_metrics(torch.zeros(2), nothing, torch.tensor([True, False])) == {
-        "has_context": 0.5
-    }
+    assert teacher_metrics(torch.zeros(2), nothing) == {}
 
 
 def test_a_batch_may_hold_more_tokens_than_torch_quantile_takes():
     size = 2**24 + 1
-    actual = teacher_metrics(
-        torch.ones(size), torch.ones(size, dtype=torch.bool), torch.tensor([True])
-    )
+    actual = teacher_metrics(torch.ones(size), torch.ones(size, dtype=torch.bool))
     assert actual["gap_p95"] == 1
 
 
 def test_teacher_metrics_by_hand():
     gap = torch.tensor([1.0, -3.0, 0.5, 0.0, 7.0])
     is_scored = torch.tensor([True, True, True, True, False])
-    assert teacher_metrics(gap, is_scored, torch.tensor([True, False, False, True])) == (
-        pytest.approx(
-            {
-                "has_context": 0.5,
-                "gap_mean": 1.125,
-                "gap_p95": 1 + 0.85 * 2,  # rank 0.95 x 3 = 2.85 of 0, 0.5, 1, 3
-                "gap_max": 3,
-                "reverse_kl": 0.375,  # the teacher is less sure of what the student said
-            }
-        )
+    assert teacher_metrics(gap, is_scored) == pytest.approx(
+        {
+            "gap_mean": 1.125,
+            "gap_p95": 1 + 0.85 * 2,  # rank 0.95 x 3 = 2.85 of 0, 0.5, 1, 3
+            "gap_max": 3,
+            "reverse_kl": 0.375,  # the teacher is less sure of what the student said
+        }
     )
 
 
@@ -200,5 +229,5 @@ def test_reverse_kl_of_a_known_pair_is_what_sampled_tokens_estimate():
     # 10 tokens in the student's own proportions
     tokens = [0] * 7 + [1] * 2 + [2]
     gap = torch.tensor([math.log(teacher[token] / student[token]) for token in tokens])
-    actual = teacher_metrics(gap, torch.ones(10, dtype=torch.bool), torch.tensor([True]))
+    actual = teacher_metrics(gap, torch.ones(10, dtype=torch.bool))
     assert actual["reverse_kl"] == pytest.approx(exact, rel=1e-6)

@@ -14,7 +14,7 @@ from megasd.data.datasets import load_prompts
 from megasd.data.tokenizer import load_tokenizer
 from megasd.rewards.verifiers import verify
 from megasd.testing.tiny import tiny_qwen3
-from megasd.types import Rollout
+from megasd.types import Rollout, Verdict
 from megasd.validate import validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -84,7 +84,15 @@ def test_the_teacher_reads_the_answer_as_the_warm_start_taught_it() -> None:
     config = loaded("quickstart.yaml").config
     assert config is not None
     tokenizer = load_tokenizer(config.model.path)
-    privileged = PrivilegedContext(config.context, tokenizer, {}, max_context_tokens=512)
+    privileged = PrivilegedContext(
+        config.context,
+        tokenizer,
+        {},
+        max_context_tokens=512,
+        success_threshold=1.0,
+        answer_pattern=config.data.answer_pattern,
+        seed=0,
+    )
     taught = next(row for row in rows("sft.jsonl") if "[answer" in row["prompt"])
     plain = load_prompts(config.data, tokenizer).prompts[0]
     prompt = replace(
@@ -103,7 +111,9 @@ def test_the_teacher_reads_the_answer_as_the_warm_start_taught_it() -> None:
         finish_reason="stop",
         policy_version=0,
     )
-    view = privileged.view(rollout)
+    (text,) = privileged.texts("teacher", [rollout], [Verdict()], step=0)
+    assert text is not None
+    view = privileged.view(rollout, text)
     assert view is not None
     assert tokenizer.decode(view.prompt_ids) == f"<|user|>{taught['prompt']}<|assistant|>"
 

@@ -7,8 +7,8 @@ from megasd.algorithms.grpo import GRPO
 from megasd.algorithms.rlsd import RLSD
 from megasd.algorithms.sft import SFT
 from megasd.losses.reduce import reduction_weights
-from tests.unit import reference
-from tests.unit.reference import FakeStudent
+from tests.unit import cases, reference
+from tests.unit.cases import FakeStudent
 
 REDUCTIONS = ["token_mean", "sequence_mean", "constant"]
 
@@ -109,13 +109,13 @@ def accumulated(algorithm, batch, credit, token_weights, cuts, seed):
 def test_loss_and_gradient_do_not_depend_on_how_the_batch_is_cut(make, reduction):
     algorithm = make(reduction)
     for seed in range(5):
-        batch = reference.random_case(seed).batch()
+        batch = cases.random_case(seed).batch()
         credit = algorithm.assign_credit(batch, 0)
         update = (
             algorithm,
             batch,
             credit,
-            reference.update_weights(algorithm.reduction, batch, credit),
+            cases.update_weights(algorithm.reduction, batch, credit),
         )
         num_tokens = len(batch.rollout_ids)
         order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))

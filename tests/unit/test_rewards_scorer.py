@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,8 +99,44 @@ def test_math_verify_and_reasoning_gym_work_in_the_workers(scorer):
     ]
     right, silent, unreadable, gym = scorer.score(batch)
     assert right.reward == gym.reward == 1.0
-    assert silent == Verdict(reward=0.0, feedback="no answer found")
+    assert silent.reward == 0.0
+    assert "no answer found" in silent.feedback
     assert "cannot read the row's answer" in str(unreadable.error)
+
+
+SQUARES = [{"entry_point": "square", "args": [n], "expected": n * n} for n in (1, 2, 3)]
+HALF_RIGHT = "```python\ndef square(n):\n    return n * n if n < 3 else 0\n```"
+
+
+def test_programs_are_judged_in_the_workers_and_binary_rounds_partial_credit_down():
+    batch = [rollout("code", HALF_RIGHT, tests=SQUARES), rollout("code", "1 +", tests=SQUARES)]
+    for binary, reward in ((False, 2 / 3), (True, 0.0)):
+        with Scorer(RewardConfig(workers=2, binary=binary)) as scorer:
+            partly, broken = scorer.score(batch)
+        assert (partly.error, partly.reward) == (None, reward)
+        assert "Test 3 failed.\nInput: square(3)\nExpected: 9\nGot: 0" in partly.feedback
+        assert (broken.error, broken.reward) == (None, 0.0)
+
+
+def test_a_program_dies_with_the_worker_that_is_killed_for_it():
+    endless = rollout("code", "while True: pass", tests=SQUARES, seconds=60, seconds_per_test=60)
+    with Scorer(RewardConfig(workers=1, timeout_seconds=1.0)) as scorer:
+        (verdict,) = scorer.score([endless])
+        assert "longer than 1 s" in str(verdict.error)
+        wait_until(lambda: not sandboxes(), seconds=5.0)
+
+
+def sandboxes() -> list[str]:
+    """Processes of sandboxes that run a program for 60 s of processor time, this test's alone."""
+    found = []
+    for limits in Path("/proc").glob("[0-9]*/limits"):
+        try:
+            seconds = re.search(r"Max cpu time +(\d+)", limits.read_text())
+        except OSError:
+            continue
+        if seconds and seconds[1] == "61":
+            found.append(limits.parent.name)
+    return found
 
 
 def test_binary_rewards_follow_the_success_threshold():

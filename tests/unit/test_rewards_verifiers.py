@@ -1,3 +1,4 @@
+import re
 import time
 
 import pytest
@@ -40,7 +41,8 @@ def test_choice_reads_the_letter_as_a_person_would(response, letter):
 
 @pytest.mark.parametrize("response", ["", "I'm a dog", "A dog; I see a cat", "K", "42"])
 def test_choice_without_a_letter_is_no_answer(response):
-    assert verify("choice", response, "A", {}, None) == (0.0, "no answer found")
+    missing = "no answer found: no letter stands by itself"
+    assert verify("choice", response, "A", {}, None) == (0.0, missing)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_choice_takes_linear_time_because_nothing_can_kill_it(text):
 def test_exact_forgives_white_space_only():
     assert reward("exact", "  4  +\n 5 ", "4 + 5") == 1.0
     assert reward("exact", "4+5", "4 + 5") == 0.0
-    assert verify("exact", "hello", "Hello", {}, None) == (0.0, "the answer 'hello' is wrong")
+    assert reward("exact", "hello", "Hello") == 0.0
     assert verify("exact", " \n", "4", {}, None) == (0.0, "no answer found")
 
 
@@ -86,14 +88,46 @@ def test_math_reads_what_the_pattern_found_as_one_expression():
 
 
 def test_math_without_an_answer_is_wrong_and_without_a_gold_is_an_error():
-    assert verify("math", "I do not know", "7", {}, None) == (0.0, "no answer found")
+    missing = "no answer found: there is no number and no formula to read"
+    assert verify("math", "I do not know", "7", {}, None) == (0.0, missing)
     with pytest.raises(ValueError, match="cannot read the row's answer"):
         verify("math", "7", r"\text{}", {}, None)
 
 
+ENTRY = {"question": "1 + 2", "answer": "3", "metadata": {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "answer", "feedback"),
+    [
+        ("math", r"\boxed{8}", "7", "the answer '8' is wrong"),
+        (
+            "math",
+            "I get 8",
+            "7",
+            r"the answer '8' is wrong; it is the last one found, for nothing is in \boxed{}",
+        ),
+        ("math", r"\boxed{(7, 8)}", "7", "the answer is wrong"),
+        ("math", r"\boxed{17}", "7", "the answer '17' is wrong"),
+        ("choice", "B or A. The answer is (B)", "A", "the answer 'B' is wrong"),
+        ("exact", "paris, France", "Paris", "the answer is wrong"),
+        ("exact", "New\n York  City", "new york", "the answer is wrong"),
+        ("exact", "Parisian", "Paris", "the answer 'Parisian' is wrong"),
+        ("reasoning_gym", "=3", "3", "the answer is only partly right"),
+        ("reasoning_gym", "5", "3", "the answer '5' is wrong"),
+    ],
+)
+def test_feedback_quotes_the_answer_given_but_never_the_rows(name, response, answer, feedback):
+    """The student may have written the right answer among other things: not even then."""
+    row = {"task": "chain_sum", "options": {}, "entry": ENTRY}
+    reward, said = verify(name, response, answer, row, None)
+    assert reward < 1.0
+    assert said == feedback
+    assert answer.lower() not in re.findall(r"\w+", said.lower())
+
+
 def test_reasoning_gym_scores_with_the_tasks_own_scorer():
-    entry = {"question": "1 + 2", "answer": "3", "metadata": {}}
-    row = {"task": "chain_sum", "options": {"max_terms": 3}, "entry": entry}
+    row = {"task": "chain_sum", "options": {"max_terms": 3}, "entry": ENTRY}
     assert reward("reasoning_gym", "thinking <answer> 3 </answer> done", "3", row) == 1.0
     assert reward("reasoning_gym", "1+2=3#3", "3", row, pattern=r"#([^#]*)$") == 1.0
     assert reward("reasoning_gym", "3", "3", row) == 1.0
@@ -103,9 +137,11 @@ def test_reasoning_gym_scores_with_the_tasks_own_scorer():
     assert verify("reasoning_gym", " ", "3", row, None) == (0.0, "no answer found")
 
 
-@pytest.mark.parametrize("name", ["exact", "math", "choice", "reasoning_gym"])
+@pytest.mark.parametrize("name", ["exact", "math", "choice", "code", "reasoning_gym"])
 def test_a_response_without_a_match_of_the_pattern_is_a_wrong_answer(name):
-    assert verify(name, "B", "B", {}, r"<(\w)>") == (0.0, "no answer found")
+    reward, feedback = verify(name, "B", "B", {}, r"<(\w)>")
+    assert reward == 0.0
+    assert "no text is marked as the answer" in feedback
 
 
 def test_the_last_match_of_the_pattern_counts():
@@ -119,6 +155,7 @@ def test_unusable_verifiers_are_found_before_the_run():
         "math",
         "exact",
         "choice",
+        "code",
         "reasoning_gym",
         "tests.unit.strange_verifiers:half",
         "maths",
@@ -131,10 +168,13 @@ def test_unusable_verifiers_are_found_before_the_run():
         [next(name for name in names if name in error) for error in errors]
         == [
             "math",  # 'maths', which names what there is
-            *names[6:],
+            *names[7:],
         ]
     )
-    assert "no verifier is called 'maths': choose math, exact, choice, reasoning_gym" in errors[0]
+    assert (
+        "no verifier is called 'maths': choose math, exact, choice, code, reasoning_gym"
+        in errors[0]
+    )
 
 
 def test_rows_that_a_verifier_could_never_judge_are_named():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megasd.policy.sequences import balance, pack
+from megasd.policy.sequences import assign_owners, balance, pack
 from megasd.types import View
 
 RANDOM = np.random.default_rng(0)
@@ -93,3 +93,41 @@ def test_each_kept_token_is_read_once_off_the_row_before_it(multiple: int) -> No
         if keep[token]
     }
     assert read == expected
+
+
+def test_owners_keep_their_rollouts_in_every_pass_and_every_rank_gets_as_many_micro_batches() -> (
+    None
+):
+    """Student and teacher views differ in length; some rollouts are read in one pass only."""
+    responses = RANDOM.integers(1, 12, 30)
+    student = [
+        a_view(int(p), int(r)) for p, r in zip(RANDOM.integers(1, 6, 30), responses, strict=True)
+    ]
+    teacher: list[View | None] = [
+        None if i % 3 == 0 else a_view(int(p), int(r))
+        for i, (p, r) in enumerate(zip(RANDOM.integers(6, 20, 30), responses, strict=True))
+    ]
+    offsets, minibatch_ids = offsets_of(student), [i // 10 for i in range(30)]
+    lengths = [
+        max(s.num_tokens, t.num_tokens if t else 0) for s, t in zip(student, teacher, strict=True)
+    ]
+    owners = assign_owners(lengths, minibatch_ids, num_ranks=3)
+    for minibatch in range(3):
+        loads = [
+            sum(lengths[i] for i in range(30) if owners[i] == r and i // 10 == minibatch)
+            for r in range(3)
+        ]
+        assert max(loads) - min(loads) <= max(lengths)
+    everything = torch.ones(int(offsets[-1]), dtype=torch.bool)
+    for views in (student, teacher):
+        counts = set()
+        for rank in range(3):
+            cut = pack(
+                views, offsets, everything, max_tokens=70, rank=rank, num_ranks=3, owners=owners
+            )
+            counts.add(len(cut))
+            assert all(len(batch.token_ids) <= 70 for batch in cut)
+            tokens = sorted(token for batch in cut for token in batch.tokens.tolist())
+            mine = [i for i in range(30) if owners[i] == rank and views[i] is not None]
+            assert tokens == [t for i in mine for t in range(offsets[i], offsets[i + 1])]
+        assert len(counts) == 1

@@ -100,7 +100,7 @@ def test_the_workspace_is_valid_on_several_layouts() -> None:
         (
             ["rollout.group_size=1"],
             1,
-            ["rollout.group_size: ", "every advantage is 0", "2 or more"],
+            ["rollout.group_size: ", "every advantage over its group is 0", "2 or more"],
         ),
         (["rollout.top_p=0.9"], 1, ["rollout.top_p: truncated", "rollout.mismatch.level to off"]),
         (["rollout.top_k=5"], 1, ["rollout.top_k: truncated", "leave it at 0"]),

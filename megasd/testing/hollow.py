@@ -1,0 +1,84 @@
+"""Model folders of the true Qwen3 sizes without their weights: for dry runs of real recipes.
+
+The safetensors file has the header of the real one and a hole in place of the numbers: it says
+16 GB and takes some kilobytes of the disk. Every weight reads as 0.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import Qwen3Config
+
+from megasd.testing.tiny import tiny_tokenizer
+from megasd.weights.hf_folder import SINGLE_FILE
+from megasd.weights.tables import table_for
+
+Size = Literal["1.7B", "4B", "8B"]
+
+SIZES: dict[str, dict[str, Any]] = {  # what the models' config.json say
+    "1.7B": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 6144,
+        "tie_word_embeddings": True,
+    },
+    "4B": {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 9728,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 12288,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def hollow_qwen3(folder: Path | str, size: Size = "8B") -> Path:
+    """Writes a Qwen3 of `size` into `folder`, bfloat16, with the tiny tokenizer; returns `folder`.
+
+    The disk must allow files with holes; most do.
+    """
+    folder = Path(folder)
+    tokenizer = tiny_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    config = Qwen3Config(
+        **SIZES[size],
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151_936,
+        max_position_embeddings=40_960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-6,
+        bos_token_id=None,
+        eos_token_id=vocabulary[str(tokenizer.eos_token)],
+        pad_token_id=vocabulary[str(tokenizer.pad_token)],
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _write_hole(folder / SINGLE_FILE, table_for(config.to_dict()).hf_shapes())
+    return folder
+
+
+def _write_hole(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of bfloat16: the header's length, the header, and nothing behind it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
