@@ -43,12 +43,13 @@ def _serve(rank: int, pipe: Connection) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         with contextlib.suppress(Exception):
-            _forget_model_parallel()
+            forget_model_parallel()
             dist.destroy_process_group()
         pipe.send(answer)
 
 
-def _forget_model_parallel() -> None:
+def forget_model_parallel() -> None:
+    """Lets this process start another layout: Megatron keeps one in module variables."""
     import sys
 
     if state := sys.modules.get("megatron.core.parallel_state"):

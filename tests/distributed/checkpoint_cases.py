@@ -46,6 +46,7 @@ def _everything(policy: Any, seen: list[Any]) -> dict[str, Any]:
 def save_in_the_middle(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> Any:
     policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
     _learn(policy, prompts, range(3))
+    checkpoints.memory["seen"] = torch.arange(3.0)
     checkpoints.save(3)
     return _everything(policy, _learn(policy, prompts, range(3, 6)))
 
@@ -55,6 +56,7 @@ def resume(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> Any:
     policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
     checkpoints.restore()
     assert checkpoints.next_step == 3
+    assert checkpoints.memory["seen"].tolist() == [0, 1, 2], "what the algorithm remembers"
     return _everything(policy, _learn(policy, prompts, range(3, 6)))
 
 

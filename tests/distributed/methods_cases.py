@@ -67,24 +67,25 @@ class PrefixContext:
         return View(prompt_ids=prompt, response_ids=rollout.token_ids)
 
 
-def experience_of(step: int) -> Any:
+def experience_of(step: int, device: torch.device) -> Any:
     from megasd.experience import Experience
 
     rollouts, verdicts = rollouts_of(step)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     rewards = torch.tensor([verdict.reward for verdict in verdicts])
     groups = torch.tensor([rollout.group_id for rollout in rollouts])
+    rollout_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     batch = ResponseBatch(
-        rewards=rewards,
-        is_correct=rewards >= 1.0,
-        group_ids=groups,
-        minibatch_ids=groups // 2,
-        rollout_ids=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
-        response_mask=torch.ones(sum(lengths), dtype=torch.bool),
+        rewards=rewards.to(device),
+        is_correct=(rewards >= 1.0).to(device),
+        group_ids=groups.to(device),
+        minibatch_ids=(groups // 2).to(device),
+        rollout_ids=rollout_ids.to(device),
+        response_mask=torch.ones(sum(lengths), dtype=torch.bool, device=device),
         max_response_tokens=24,
         rollout_logprobs=torch.from_numpy(
-            np.concatenate([cast(Any, r.logprobs) for r in rollouts])
-        ),
+            np.concatenate([cast(Any, rollout.logprobs) for rollout in rollouts])
+        ).to(device),
     )
     return Experience(
         rollouts=rollouts,
@@ -150,7 +151,7 @@ def _train(policy: Any, algorithm: Any, context: PrefixContext) -> list[tuple[fl
     )
     seen = []
     for step in range(STEPS):
-        experience = experience_of(step)
+        experience = experience_of(step, policy.backend.device)
         minibatches = 1 if step == 1 else 2
         if minibatches == 1:
             together = torch.zeros_like(experience.batch.minibatch_ids)

@@ -65,3 +65,17 @@ def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(folder: Path) 
     ]
     assert losses[-1].metrics["loss"] < losses[0].metrics["loss"]
     assert not any(done.skipped for done in losses)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_every_method_trains_on_a_gpu(folder: Path) -> None:
+    """Every kind of pass: top-k, ids, samples, hidden states, several roles, two mini-batches."""
+    from megasd.testing.ranks import forget_model_parallel
+    from tests.distributed import methods_cases
+    from tests.distributed.test_methods import methods
+
+    forget_model_parallel()  # the policy of the test before
+    settings = {"device": "cuda", "dtype": "bfloat16", "max_tokens": 200}
+    for name, steps in methods_cases.train_methods(folder, settings, methods()).items():
+        assert np.isfinite(steps).all(), name
+        assert all(norm > 0 for _, norm in steps), name
