@@ -12,14 +12,21 @@ short training ends well below 1.
                     the same for every seed
 """
 
-import argparse
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from make_quickstart_data import HINT, STRIDE, Item, items, judged_rows, worked
+from make_quickstart_data import (
+    HINT,
+    STRIDE,
+    Item,
+    items,
+    judged_rows,
+    run,
+    worked,
+    write_files,
+)
 
 OPTIONS = {"min_terms": 4, "max_terms": 6, "min_digits": 1, "max_digits": 2}
 SFT_ROWS, RL_ROWS, HELD_OUT_ROWS = 1000 * 32, 2048, 256
@@ -43,7 +50,6 @@ def sft_rows(seed: int) -> Iterator[Item]:
 
 
 def write_compare_data(folder: Path, seed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     rl = items(RL_SEED + STRIDE * seed, held_out=False, options=OPTIONS)
     held_out = items(HELD_OUT_SEED, held_out=True, options=OPTIONS)
     files = {
@@ -51,20 +57,8 @@ def write_compare_data(folder: Path, seed: int) -> None:
         "rl.jsonl": judged_rows(rl, RL_ROWS, options=OPTIONS),
         "heldout.jsonl": judged_rows(held_out, HELD_OUT_ROWS, options=OPTIONS),
     }
-    for name, rows in files.items():
-        with (folder / name).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    write_compare_data(arguments.folder, arguments.seed)
+    write_files(folder, files)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, write_compare_data)

@@ -16,7 +16,7 @@ import itertools
 import json
 import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,6 @@ def judged_rows(
 
 
 def write_quickstart_data(folder: Path, seed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     rl = items(RL_SEED + STRIDE * seed, held_out=False)
     held_out = items(HELD_OUT_SEED, held_out=True)
     files = {
@@ -105,20 +104,27 @@ def write_quickstart_data(folder: Path, seed: int) -> None:
         "rl.jsonl": judged_rows(rl, RL_ROWS),
         "heldout.jsonl": judged_rows(held_out, HELD_OUT_ROWS),
     }
+    write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, Iterable[Item]]) -> None:
+    """Rows as JSON Lines, file by file."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         with (folder / name).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def main() -> None:
+def run(description: str | None, write: Callable[[Path, int], None]) -> None:
+    """The command line of a script that writes a folder from a seed."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    write_quickstart_data(arguments.folder, arguments.seed)
+    write(arguments.folder, arguments.seed)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, write_quickstart_data)
