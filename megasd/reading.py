@@ -51,7 +51,7 @@ class Reader:
         """The batch with all that the algorithm needs, and what to log of the teachers.
 
         Where nothing is compared with the policy before the update and there is one mini-batch,
-        the update's own forward pass provides the old log-probs (algorithms.md section 2).
+        the update's own forward pass provides the old log-probs.
         """
         batch = replace(experience.batch, memory=dict(self.memory))
         needs, metrics = self.algorithm.needs, {}

@@ -63,7 +63,7 @@ class Verdict:
 
     reward: float = 0.0
     error: str | None = None  # the verifier raised, hung or died: counted, never a silent 0
-    feedback: str = ""  # what a teacher may read (algorithms.md section 2, `feedback`)
+    feedback: str = ""  # what a teacher may read (context source `feedback`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

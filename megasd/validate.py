@@ -263,11 +263,17 @@ def check_teacher(config: Config) -> list[str]:
             f"teacher.path: {other['vocab_size']} rows of vocabulary (vocab_size), and model.path "
             f"has {own['vocab_size']}; choose a teacher of the same vocabulary"
         )
-    elif difference := vocabulary_difference(config.model.path, teacher.path):
-        faults.append(
-            f"teacher.path: its vocabulary differs from that of model.path: {difference}; "
-            "choose a teacher of the same vocabulary"
-        )
+    else:
+        try:
+            difference = vocabulary_difference(config.model.path, teacher.path)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            if difference:
+                faults.append(
+                    f"teacher.path: its vocabulary differs from that of model.path: {difference}; "
+                    "choose a teacher of the same vocabulary"
+                )
     faults += [f.replace("model.path", "teacher.path") for f in check_cut(config, other)]
     return faults
 

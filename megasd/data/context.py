@@ -21,7 +21,7 @@ def student_view(rollout: Rollout) -> View:
 
 
 class PrivilegedContext:
-    """Builds the teacher's views (algorithms.md section 2, "Contexts"), in two steps.
+    """Builds the teacher's views, in two steps.
 
     `texts` decides what a role reads and who is without context; it is cheap. `view` puts such a
     text into `config.template` at the end of the last user message, under the chat template with

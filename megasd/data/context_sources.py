@@ -34,7 +34,7 @@ HEADER_TOKENS = 16  # enough for the end of a generation header, one token per c
 
 
 class ContextSources:
-    """The texts of algorithms.md section 2, "Contexts", for each role of a teacher.
+    """The texts that each role of a teacher reads.
 
     A rollout is correct where its reward reaches `success_threshold`, else incorrect; one whose
     verifier failed is neither. Siblings are the other rollouts of the group, ordered by sample.

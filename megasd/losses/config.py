@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class MismatchConfig:
-    """Truncated importance sampling between trainer and engine (algorithms.md section 1).
+    """Truncated importance sampling between the trainer and the engine that sampled.
 
     With mismatch_ratio = exp(old - rollout): a token's loss is multiplied by min(ratio, clip);
     `sequence` takes the product of the ratios over the rollout. What lies outside `reject` leaves

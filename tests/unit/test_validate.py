@@ -8,7 +8,8 @@ import pytest
 
 from megasd.config import read_config
 from megasd.plan import plan_ranks
-from megasd.validate import validate
+from megasd.testing.tiny import QUICKSTART_STRINGS, tiny_qwen3, tiny_tokenizer
+from megasd.validate import needs_rewards, needs_solutions, validate
 from tests.unit.workspace import QWEN3, edit_json, faults, make_model, make_workspace, write
 
 
@@ -113,6 +114,46 @@ def test_the_workspace_is_valid_on_several_layouts() -> None:
         (["data.answer_pattern=abc"], 1, ["data.answer_pattern: 'abc' has no group"]),
         (["data.answer_pattern='(a'"], 1, ["data.answer_pattern: ", "not a regular expression"]),
         (["evaluation.files=[no.jsonl]"], 1, ["evaluation.files: no.jsonl does not exist"]),
+        (
+            ["teacher.weights=checkpoint"],
+            1,
+            ["teacher.path: missing; give the Hugging Face folder"],
+        ),
+        (["teacher.path=model"], 1, ["teacher.path: model is not read under", "to checkpoint"]),
+        (
+            ["teacher.weights=checkpoint", "teacher.path=away"],
+            1,
+            ["teacher.path: there is no folder away"],
+        ),
+        (
+            ["context.sources=[]", "teacher.weights=live"],
+            1,
+            ["context.sources: without a source", "it is the student itself; name a source"],
+        ),
+        (
+            ["algorithm.name=distil", "rollout.group_size=1"],
+            1,
+            ["rollout.group_size: with 1 rollout per prompt nobody has a sibling to read"],
+        ),
+        (
+            [
+                "algorithm.name=distil_math",
+                "algorithm.baseline=group_position",
+                "rollout.group_size=1",
+            ],
+            1,
+            ["rollout.group_size: with 1 rollout per prompt every advantage over its group is 0"],
+        ),
+        (
+            ["rollout.mismatch.level=off", "rollout.mismatch.reject=[0.5, 2.0]"],
+            1,
+            ["rollout.mismatch.reject: is not looked at while rollout.mismatch.level is off"],
+        ),
+        (
+            ["rollout.mismatch.reject=[1.5, 2.0]"],
+            1,
+            ["rollout.mismatch.reject: [1.5, 2.0] must hold 1", "like [0.5, 2.0]"],
+        ),
         (["model.path=away"], 1, ["model.path: there is no folder away; download the model"]),
     ],
 )
@@ -239,3 +280,40 @@ def test_the_plan_follows_megatrons_order_and_counts_parameters_exactly(tie: boo
     # the head's own row of padding.
     extra_rows = 1 + (36 if tie else 1)
     assert one_replica == weights(hf_config) + norms + extra_rows * 16
+
+
+def test_a_teacher_of_its_own_must_speak_the_policys_vocabulary_token_by_token() -> None:
+    tiny_qwen3("policy")
+    tiny_qwen3("same", hidden=48, layers=4)
+    tiny_qwen3("larger", vocab=200)
+    tiny_qwen3("other", tokenizer=tiny_tokenizer([" ++ ", *QUICKSTART_STRINGS[1:]]))
+    own = ("model.path=policy", "teacher.weights=checkpoint")
+    assert faults(*own, "teacher.path=same") == []
+    (fault,) = faults(*own, "teacher.path=larger")
+    assert "teacher.path: 200 rows of vocabulary (vocab_size), and model.path has" in fault
+    (fault,) = faults(*own, "teacher.path=other")
+    assert "teacher.path: its vocabulary differs from that of model.path: token " in fault
+    assert "' ++ ' in the other; choose a teacher of the same vocabulary" in fault
+    assert faults(*own, "teacher.path=same", "parallel.pipeline=2", world_size=2) == []
+    (fault,) = faults(*own, "teacher.path=same", "parallel.pipeline=4", world_size=4)
+    assert "parallel.pipeline: 4 does not divide the 2 layers" in fault
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rewards", "solutions"),
+    [
+        ([], True, False),
+        (["algorithm.name=opsd"], False, True),
+        (["algorithm.name=opsd", "context.fall_back_to_answer=true"], False, False),
+        (["algorithm.name=opsd", "context.sources=[solution, answer]"], False, False),
+        (["algorithm.name=sdpo"], True, False),
+        (["algorithm.name=distil_code"], True, False),
+        (["algorithm.name=sft", "rollout.group_size=1"], False, True),
+    ],
+)
+def test_rewards_and_solutions_are_asked_for_where_loss_or_teacher_needs_them(
+    overrides: list[str], rewards: bool, solutions: bool
+) -> None:
+    config = read_config("config.yaml", overrides).config
+    assert config is not None
+    assert (needs_rewards(config), needs_solutions(config)) == (rewards, solutions)
