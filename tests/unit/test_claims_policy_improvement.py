@@ -203,3 +203,66 @@ def test_a_natural_step_of_distil_on_tables_is_one_recursion_per_state():
 def response_logprobs(logits: Tensor) -> Tensor:
     """Of the nine responses [9]."""
     return logits.log_softmax(1)[STATES, ACTIONS].view(9, 2).sum(1)
+
+
+def recursion(tables: Tensor, teacher: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """One natural step of cross-entropy on a bandit: the new policy, and the gains T / pi.
+
+    Taken through the package's loss, its gradient and the Fisher matrix, not through the formula.
+    """
+    logits = tables.log().requires_grad_()
+    loss = forward_cross_entropy(logits.log_softmax(0)[None], teacher.log()[None]).sum()
+    (slope,) = torch.autograd.grad(loss, logits)
+    return (tables.log() + step * natural_step(slope, tables)).softmax(0), teacher / tables
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_natural_steps_of_distil_have_a_regret_that_falls_with_their_number(seed: int) -> None:
+    """Our own bound, by the potential KL(T, pi); the constants of theorem 2 were not at hand.
+
+    A step's potential changes by -step E_T[g] + log E_pi[exp(step g)], g = T / pi, exactly: so the
+    chi-square distances sum to at most KL(T, pi_0) / step plus what the second term adds, and the
+    reward behind the teacher, at most its root times the reward's spread, goes to 0 with them.
+    """
+    teacher, policy, rewards = random_table(3, 5, seed=seed)
+    step, start = 0.05, (teacher * (teacher / policy).log()).sum()
+    potential, regret, excess = start.clone(), 0.0, 0.0
+    for k in range(1, 200):
+        new, gains = recursion(policy, teacher, step)
+        chi_square = (teacher * gains).sum() - 1
+        growth = (policy * (step * gains).exp()).sum().log()
+        behind = (teacher - policy) @ rewards
+        assert behind.abs() <= (chi_square * (policy @ rewards.square())).sqrt() + 1e-12
+        changed = (teacher * (teacher / new).log()).sum()
+        assert changed - potential == pytest.approx(
+            (growth - step * (teacher @ gains)).item(), abs=1e-9
+        )
+        potential, policy = changed, new
+        regret += chi_square.item()
+        excess += (growth / step - 1).item()
+        assert regret <= start / step + excess + 1e-9
+        if k == 1:
+            first = chi_square.item()
+    assert chi_square < 0.05 * first, "and it does come near"
+
+
+def test_cross_entropy_to_a_teacher_of_successes_bounds_the_log_chance_of_success_from_below() -> (
+    None
+):
+    """The teacher-weighted likelihood of two-step responses; equal where it is the posterior."""
+    for seed in range(20):
+        tables, teacher = random_table(2, 4, 3, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        success = torch.rand(9, generator=generator, dtype=torch.float64)
+        chances = response_logprobs(tables.log())
+        log_success = (chances.exp() * success).sum().log()
+        teacher_chances = response_logprobs(teacher.log()).exp()
+        # The cross-entropy of whole responses is the sum of its steps', as the loss takes them.
+        steps = forward_cross_entropy(tables.log(), teacher.log())
+        of_responses = steps[0] + (teacher[0] * steps[1:]).sum()
+        assert of_responses == pytest.approx(-(teacher_chances * chances).sum().item(), rel=1e-9)
+        posterior = chances.exp() * success / (chances.exp() * success).sum()
+        for q in (teacher_chances, posterior):
+            bound = (q * (chances + success.log() - q.log())).sum()
+            assert bound <= log_success + 1e-12
+        assert bound == pytest.approx(log_success.item(), abs=1e-12)
