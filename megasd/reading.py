@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from megasd.algorithms.base import Algorithm, Needs
-from megasd.data.context import PrivilegedContext
+from megasd.data.context import PrivilegedContext, student_view
 from megasd.experience import Experience
 from megasd.losses.config import MismatchConfig
 from megasd.losses.mismatch import mismatch_metrics
 from megasd.losses.teacher import teacher_metrics
-from megasd.types import Credit, Reads, ResponseBatch, Scores, TeacherScores, View
+from megasd.types import Credit, Reads, ResponseBatch, Rollout, Scores, TeacherScores, View
 
 if TYPE_CHECKING:
     from megasd.policy.policy import Policy
@@ -31,7 +31,7 @@ class Reader:
         self,
         policy: "Policy",
         algorithm: Algorithm,
-        privileged: PrivilegedContext,
+        privileged: PrivilegedContext | None,  # None: no role reads one
         *,
         minibatches: int,
         mismatch: MismatchConfig,
@@ -153,7 +153,7 @@ class Reader:
         views: dict[str, list[View | None]] = {}
         for role, column in texts.items():
             read = [
-                self.privileged.view(rollout, text) if is_wanted and text is not None else None
+                self._view(rollout, text) if is_wanted and text is not None else None
                 for rollout, text, is_wanted in zip(
                     experience.rollouts, column, wanted, strict=True
                 )
@@ -179,9 +179,18 @@ class Reader:
         """The privileged text of each rollout; "" is the plain prompt, None no context."""
         if role == "reference":
             return [""] * len(experience.rollouts)
+        assert self.privileged is not None, "built where a role reads a context"
         return self.privileged.texts(role, experience.rollouts, experience.verdicts, step)
 
+    def _view(self, rollout: Rollout, text: str) -> View | None:
+        if text == "":
+            return student_view(rollout)
+        assert self.privileged is not None
+        return self.privileged.view(rollout, text)
+
     def _cuts(self) -> tuple[int, int]:
+        if self.privileged is None:
+            return 0, 0
         return self.privileged.num_cut, self.privileged.num_without_room
 
     def _with_owners(

@@ -216,7 +216,10 @@ def _engine(
     )
 
 
-def _privileged(config: Config, tokenizer: "PreTrainedTokenizerBase") -> PrivilegedContext:
+def _privileged(config: Config, tokenizer: "PreTrainedTokenizerBase") -> PrivilegedContext | None:
+    """None where no role reads a context: then neither template nor tokenizer must fit one."""
+    if not set(config.algorithm.needs.teachers) - {"reference"}:
+        return None
     longest = context_length(config, read_hf_config(config.model.path))
     assert longest is not None, "validated"
     return PrivilegedContext(

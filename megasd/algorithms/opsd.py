@@ -38,7 +38,7 @@ class OPSD(Distillation):
         "ablation": "megasd",
         "teacher.weights": "paper",
         "context.sources": "paper",
-        "rollout.group_size": "code",
+        "rollout.group_size": "megasd",
     }
 
     divergence: DivergenceConfig = field(default_factory=lambda: DivergenceConfig(support="full"))

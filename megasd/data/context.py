@@ -75,12 +75,7 @@ class PrivilegedContext:
         return self._sources.texts(role, rollouts, verdicts, step)
 
     def view(self, rollout: Rollout, text: str) -> View | None:
-        """The teacher's view of `rollout` with `text`; None where not one token of it fits.
-
-        No text is the plain prompt.
-        """
-        if text == "":
-            return student_view(rollout)
+        """The teacher's view of `rollout` with `text`; None where not one token of it fits."""
         messages = tuple((m["role"], m["content"]) for m in rollout.prompt.messages)
         room = self._max_context_tokens - len(rollout.token_ids)
         keep = self._config.max_tokens

@@ -187,7 +187,9 @@ def test_the_old_policy_is_scored_where_the_update_must_know_it_before(why: dict
 
 def test_a_reference_reads_every_rollout_after_the_plain_prompt() -> None:
     policy = FakePolicy()
-    batch, _ = reader(policy, GRPO(kl_coef=0.1)).read(an_experience(), step=0)
+    one = reader(policy, GRPO(kl_coef=0.1))
+    one.privileged = None  # as where no role reads a privileged context
+    batch, _ = one.read(an_experience(), step=0)
     assert policy.order == ["reference"], "its gap is not looked at before the update"
     assert policy.passes[0][1] == [True] * 6
     assert batch.teachers["reference"].logprobs.tolist() == [-0.75] * 12
