@@ -117,9 +117,9 @@ class Checkpoints:
             if is_first:  # all ranks have written: the save ends with a collective
                 _force_to_disk(partial)
         except CheckpointException as error:  # no Exception: torch derives it from BaseException
-            failure = "; ".join(str(cause) for cause, _ in error.failures.values())
+            failure = "; ".join(_in_words(cause) for cause, _ in error.failures.values())
         except Exception as error:
-            failure = str(error)
+            failure = _in_words(error)
         self._raise_together(failure, partial, final)
         if is_first:
             shutil.rmtree(final, ignore_errors=True)
@@ -143,6 +143,10 @@ class Checkpoints:
             f"free there. Earlier checkpoints are untouched ({newest or 'none'}): make room, "
             "then continue with --resume"
         )
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _force_to_disk(folder: Path) -> None:
