@@ -29,7 +29,8 @@ from megasd.metrics.run_folder import CONFIG_FILE
 from megasd.plan import plan
 from megasd.validate import check_run, validate
 
-MAY_CHANGE = ("run.steps", "checkpoint", "metrics", "evaluation")  # when a run is resumed
+# When a run is resumed.
+MAY_CHANGE = ("run.steps", "parallel", "checkpoint", "metrics", "evaluation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +89,7 @@ def _add_train(commands: Any) -> None:
         "       megasd train [CONFIG] --resume RUN_FOLDER [key=value ...]",
         description="Every process of the run starts this command (srun, torchrun). key=value "
         "overrides the config file: optimizer.lr=1e-6. Of a resumed run only run.steps, "
-        "checkpoint.*, metrics.* and evaluation.* may change.",
+        "parallel.*, checkpoint.*, metrics.* and evaluation.* may change.",
     )
     train.add_argument("items", nargs="*", metavar="CONFIG | key=value")
     train.add_argument("--resume", metavar="RUN_FOLDER", help="continue its newest checkpoint")
@@ -190,7 +191,10 @@ def _read_resumed(folder: Path, path: str | None, overrides: list[str]) -> Loade
     """The configuration to continue the run in `folder` with; with a CONFIG it must be the same."""
     folder = _run_folder(folder)
     loaded = read_config(folder / CONFIG_FILE, overrides)
-    rule = "a resumed run may only change run.steps, checkpoint.*, metrics.* and evaluation.*"
+    rule = (
+        "a resumed run may only change run.steps, parallel.*, checkpoint.*, metrics.* and "
+        "evaluation.*"
+    )
     errors = [
         f"{COMMAND_LINE}: {key}: {rule}; leave it out, or start a new run"
         for key, source in loaded.sources.items()

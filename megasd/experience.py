@@ -14,7 +14,8 @@ from megasd.metrics.phases import Phases
 from megasd.rewards.config import RewardConfig
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.config import RolloutConfig
-from megasd.rollout.engine import Request, RolloutEngine
+from megasd.rollout.engine import Request
+from megasd.rollout.fleet import Fleet
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt, ResponseBatch, Rollout, Verdict, View
 
@@ -44,9 +45,9 @@ class Collector:
         self,
         *,
         prompts: Prompts,
-        engine: RolloutEngine | None,  # on the ranks that sample
-        scorer: Scorer | None,
-        spread: Spread,
+        engines: Fleet,
+        scorer: Scorer | None,  # on the ranks that judge
+        spread: Spread,  # over those
         algorithm: Algorithm,
         needs_rewards: bool,  # of the algorithm, or of what its teacher reads
         rollout: RolloutConfig,
@@ -56,7 +57,7 @@ class Collector:
         seed: int,
     ) -> None:
         self.prompts = prompts
-        self.engine = engine
+        self.engines = engines
         self.scorer = scorer
         self.spread = spread
         self.algorithm = algorithm
@@ -103,17 +104,14 @@ class Collector:
                 temperature=self.rollout.temperature,
                 top_p=self.rollout.top_p,
                 top_k=self.rollout.top_k,
+                min_p=self.rollout.min_p,
+                stop=tuple(self.rollout.stop),
                 max_response_tokens=self.rollout.max_response_tokens,
             )
             for place, prompt in enumerate(prompts)
             for sample in range(self.rollout.group_size)
         ]
-
-        def generate(share: Sequence[Request]) -> list[Rollout]:
-            assert self.engine is not None
-            return self.engine.generate(list(share))
-
-        return self.spread.map(requests, generate)
+        return self.engines.generate(requests)
 
     def _judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         if not self.needs_rewards:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megasd.config import Config
+from megasd.policy.config import ParallelConfig
 from megasd.validate import context_length, longest_view
 
 RANKS_SHOWN = 32  # of a larger world, only the first two ranks of each pipeline stage
@@ -19,7 +20,9 @@ class RankPlan:
     dp: int
     pp: int
     tp: int
+    ep: int
     layers: range
+    experts: range | None  # of each layer; None in a dense model
     vocabulary: range | None  # rows of embedding or head; None on a stage that has neither
     prompts: range | None  # of a step; None on the ranks of a replica that do not sample
     parameters: int
@@ -36,25 +39,17 @@ def plan(config: Config, world_size: int) -> str:
         shown = [r for r in ranks if r.dp == 0 and r.tp < 2]
     tp = config.parallel.tensor
     heads = f"{hf_config['num_attention_heads'] // tp} / {hf_config['num_key_value_heads'] // tp}"
+    of_experts = any(r.experts for r in ranks)
     header = (
-        "rank",
-        "dp",
-        "pp",
-        "tp",
-        "layers",
-        "vocabulary",
-        "heads / kv",
-        "prompts",
-        "parameters",
+        *("rank", "dp", "pp", "tp", *(["ep"] if of_experts else []), "layers", "vocabulary"),
+        *("heads / kv", *(["experts"] if of_experts else []), "prompts", "parameters"),
     )
     rows = [
         (
-            *map(str, (r.rank, r.dp, r.pp, r.tp)),
-            _span(r.layers),
-            _span(r.vocabulary),
-            heads,
-            _span(r.prompts),
-            f"{r.parameters:,}",
+            *map(str, (r.rank, r.dp, r.pp, r.tp, *([r.ep] if of_experts else []))),
+            *(_span(r.layers), _span(r.vocabulary), heads),
+            *([_span(r.experts)] if of_experts else []),
+            *(_span(r.prompts), f"{r.parameters:,}"),
         )
         for r in shown
     ]
@@ -64,41 +59,47 @@ def plan(config: Config, world_size: int) -> str:
 
 def plan_ranks(config: Config, hf_config: Mapping[str, Any], world_size: int) -> Iterator[RankPlan]:
     """Every rank's coordinates and share; parameters are counted exactly, padding included."""
-    from megasd.weights.layout import stage_layers
+    from megasd.weights.layout import rank_experts, stage_layers
+    from megasd.weights.tables import table_for
 
+    table = table_for(hf_config)
     tp_size, pp_size = config.parallel.tensor, config.parallel.pipeline
-    dp_size = world_size // (tp_size * pp_size)
-    share = config.rollout.prompts_per_step // dp_size
+    ep_size, etp_size = config.parallel.expert, config.parallel.ranks_per_expert
+    stage_size = world_size // pp_size
+    share = config.rollout.prompts_per_step // (stage_size // tp_size)
     rows = math.ceil(hf_config["vocab_size"] / tp_size)
-    stages = [stage_layers(hf_config["num_hidden_layers"], pp, pp_size) for pp in range(pp_size)]
-    parameters = [_parameters(hf_config, tp_size, pp, pp_size) for pp in range(pp_size)]
+    parameters = [stage_parameters(config.parallel, hf_config, pp) for pp in range(pp_size)]
     for rank in range(world_size):
-        tp, dp, pp = rank % tp_size, rank // tp_size % dp_size, rank // (tp_size * dp_size)
+        pp, in_stage = divmod(rank, stage_size)
+        dp, tp = divmod(in_stage, tp_size)
+        ep = in_stage // etp_size % ep_size
         yield RankPlan(
             rank=rank,
             dp=dp,
             pp=pp,
             tp=tp,
-            layers=stages[pp],
+            ep=ep,
+            layers=stage_layers(table.num_layers, pp, pp_size),
+            experts=rank_experts(table.num_experts, ep, ep_size) if table.num_experts else None,
             vocabulary=range(tp * rows, (tp + 1) * rows) if pp in (0, pp_size - 1) else None,
             prompts=range(dp * share, (dp + 1) * share) if tp == pp == 0 else None,
             parameters=parameters[pp],
         )
 
 
-def _parameters(hf_config: Mapping[str, Any], tp_size: int, pp: int, pp_size: int) -> int:
-    """Parameters of one rank of a pipeline stage."""
-    from megasd.weights.layout import local_shape, stage_layers
+def stage_parameters(parallel: ParallelConfig, hf_config: Mapping[str, Any], stage: int) -> int:
+    """Parameters of each rank of a pipeline stage: they all hold as many."""
+    from megasd.weights.layout import Sizes, held_entries, local_shape
     from megasd.weights.tables import table_for
 
-    table = table_for(hf_config)
-    held = list(table.layers) * len(stage_layers(table.num_layers, pp, pp_size))
-    if pp == 0:
-        held += table.first
-    if pp == pp_size - 1:
-        # A tied head is the embedding itself, unless that lies on another stage.
-        held += [row for row in table.last if row.exported or pp > 0]
-    return sum(math.prod(local_shape(row, tp_size)) for row in held)
+    sizes = Sizes(
+        tp=parallel.tensor,
+        pp=parallel.pipeline,
+        ep=parallel.expert,
+        etp=parallel.ranks_per_expert,
+    )
+    held = held_entries(table_for(hf_config), sizes, stage, ep_rank=0)
+    return sum(math.prod(local_shape(entry.row, sizes.ways(entry.row))) for entry in held)
 
 
 def _sizes(config: Config, hf_config: Mapping[str, Any], world_size: int) -> list[str]:
@@ -113,7 +114,7 @@ def _sizes(config: Config, hf_config: Mapping[str, Any], world_size: int) -> lis
         (
             "ranks",
             f"{world_size} = {replicas} data x {parallel.pipeline} pipeline x "
-            f"{parallel.tensor} tensor",
+            f"{parallel.tensor} tensor{_expert_ranks(config, hf_config)}",
         ),
         (
             "step",
@@ -135,6 +136,15 @@ def _sizes(config: Config, hf_config: Mapping[str, Any], world_size: int) -> lis
     if needs.teachers:
         lines.append(("teacher", _teacher(config)))
     return [f"{name + ':':13}{text}" for name, text in lines]
+
+
+def _expert_ranks(config: Config, hf_config: Mapping[str, Any]) -> str:
+    from megasd.weights.tables import table_for
+
+    parallel = config.parallel
+    if not table_for(hf_config).num_experts:
+        return ""
+    return f"; experts over {parallel.expert} expert x {parallel.ranks_per_expert} expert-tensor"
 
 
 def _teacher(config: Config) -> str:

@@ -21,7 +21,10 @@ from megasd.metrics.run_folder import CONFIG_FILE, create_run_folder
 from megasd.policy import backend
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.build import build_engine
-from megasd.rollout.engine import RolloutEngine
+from megasd.rollout.fleet import Fleet
+from megasd.rollout.placement import Seat, expert_receivers, seats
+from megasd.rollout.probe import probe_sequences
+from megasd.rollout.solutions import SolutionsEngine
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt
 from megasd.validate import context_length, needs_rewards, needs_solutions, run_folder
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
     from megasd.experience import Collector
     from megasd.policy.policy import Policy
     from megasd.train import Job
+
+
+# Largest mean difference between an engine's log-probs and the trainer's that passes for noise.
+PROBE_GAPS = {"float32": 0.001, "bfloat16": 0.05}
 
 
 def start_training(config: Config, *, resume: bool) -> None:
@@ -90,22 +97,18 @@ def _assemble(
 ) -> "Job":
     """What the loop runs on this rank; `stack` closes what must be closed."""
     from megasd.reading import Reader
-    from megasd.rollout.sync import WeightSync
     from megasd.train import Job
 
-    algorithm = config.algorithm
-    # One engine per data-parallel replica, on the rank where Megatron's order begins.
+    # One scorer per data-parallel replica, on the rank where Megatron's order begins.
     layout = policy.layout
-    samples = layout.tp_rank == 0 and layout.is_first_stage
-    spread = Spread(layout.dp_rank if samples else None, layout.dp_size)
-    sampler = source = scorer = None
-    if samples:
-        if data.held_out or not algorithm.needs.solutions:
-            sampler = _engine(config, data.tokenizer, policy.backend, solutions=False)
-        source = sampler
-        if algorithm.needs.solutions:
-            source = _engine(config, data.tokenizer, policy.backend, solutions=True)
+    judges = layout.tp_rank == 0 and layout.is_first_stage
+    spread = Spread(layout.dp_rank if judges else None, layout.dp_size)
+    scorer = None
+    if judges:
         scorer = stack.enter_context(Scorer(config.reward, config.data.answer_pattern))
+    engines = _fleet(config, data, policy, folder)
+    stack.callback(engines.close)
+    source = _solutions(config, data, spread) if config.algorithm.needs.solutions else engines
     metrics = Metrics(
         config.metrics,
         folder,
@@ -115,20 +118,20 @@ def _assemble(
         first_step=checkpoints.next_step,
     )
     return Job(
-        algorithm=algorithm,
+        algorithm=config.algorithm,
         policy=policy,
-        sync=WeightSync(sampler, feeds_training=not algorithm.needs.solutions),
+        engines=engines,
         collector=_collector(config, data, policy, source, scorer, spread),
         reader=Reader(
             policy,
-            algorithm,
+            config.algorithm,
             _privileged(config, data.tokenizer),
             minibatches=config.optimizer.minibatches_per_step,
             mismatch=config.rollout.mismatch,
             seed=config.run.seed,
             memory=checkpoints.memory,
         ),
-        evaluator=_evaluator(config, data, sampler, scorer, spread, folder),
+        evaluator=_evaluator(config, data, engines, scorer, spread, folder),
         checkpoints=checkpoints,
         metrics=stack.enter_context(metrics),
         steps=config.run.steps,
@@ -140,7 +143,7 @@ def _collector(
     config: Config,
     data: _Data,
     policy: "Policy",
-    engine: RolloutEngine | None,
+    engines: Fleet,
     scorer: Scorer | None,
     spread: Spread,
 ) -> "Collector":
@@ -148,7 +151,7 @@ def _collector(
 
     return Collector(
         prompts=data.prompts,
-        engine=engine,
+        engines=engines,
         scorer=scorer,
         spread=spread,
         algorithm=config.algorithm,
@@ -164,7 +167,7 @@ def _collector(
 def _evaluator(
     config: Config,
     data: _Data,
-    engine: RolloutEngine | None,
+    engines: Fleet,
     scorer: Scorer | None,
     spread: Spread,
     folder: Path,
@@ -172,7 +175,7 @@ def _evaluator(
     return Evaluator(
         config.evaluation,
         data.held_out,
-        engine=engine,
+        engines=engines,
         scorer=scorer,
         spread=spread,
         seed=config.run.seed,
@@ -196,23 +199,49 @@ def _build_policy(config: Config, started: backend.Backend) -> "Policy":
         total_steps=config.run.steps * config.optimizer.minibatches_per_step,
         seed=config.run.seed,
         roles=config.algorithm.needs.teachers,
+        bucket_bytes=config.rollout.sync.bucket_mib * 2**20,
+        receivers=expert_receivers(config.rollout, is_cuda=started.is_cuda),
     )
 
 
-def _engine(
-    config: Config,
-    tokenizer: "PreTrainedTokenizerBase",
-    started: backend.Backend,
-    *,
-    solutions: bool,
-) -> RolloutEngine:
-    return build_engine(
+def _solutions(config: Config, data: _Data, spread: Spread) -> Fleet:
+    """What a supervised method learns from: read, not sampled."""
+    engine = SolutionsEngine(data.tokenizer) if spread.worker is not None else None
+    seat = None if spread.worker is None else Seat(spread.worker)
+    return Fleet(engine, seat, spread.num_workers, config.rollout.sync)
+
+
+def _fleet(config: Config, data: _Data, policy: "Policy", folder: Path) -> Fleet:
+    """The engines that sample, for training or for held-out evaluation; perhaps none."""
+    feeds_training = not config.algorithm.needs.solutions
+    if not (data.held_out or feeds_training):
+        return Fleet(None, None, 0, config.rollout.sync, feeds_training=False)
+    layout, world_size = policy.layout, dist.get_world_size()
+    seating = seats(
         config.rollout,
-        solutions=solutions,
+        replica_starts=[dp * layout.tp_size for dp in range(layout.dp_size)],
+        world_size=world_size,
+        is_cuda=policy.backend.is_cuda,
+    )
+    engine = build_engine(
+        config.rollout,
+        seating,
         folder=config.model.path,
-        tokenizer=tokenizer,
+        tokenizer=data.tokenizer,
         dtype=getattr(torch, config.model.dtype),
-        device=started.device,
+        device=policy.backend.device,
+        hf_shapes=policy.table.hf_shapes(),
+        run_folder=folder,
+    )
+    gap = config.rollout.sync.probe_gap
+    return Fleet(
+        engine,
+        seating.get(dist.get_rank()),
+        len({seat.number for seat in seating.values()}),
+        config.rollout.sync,
+        probe=probe_sequences(data.prompts.rows if feeds_training else data.held_out),
+        max_probe_gap=PROBE_GAPS[config.model.dtype] if gap is None else gap,
+        feeds_training=feeds_training,
     )
 
 

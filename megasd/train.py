@@ -10,7 +10,7 @@ from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
 from megasd.policy.policy import Policy
 from megasd.reading import Reader, step_metrics
-from megasd.rollout.sync import WeightSync
+from megasd.rollout.fleet import Fleet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class Job:
 
     algorithm: Algorithm
     policy: Policy
-    sync: WeightSync  # trainer weights to the engines that sample
+    engines: Fleet  # what samples, from the policy's weights
     collector: Collector
     reader: Reader  # student and teacher log-probs
     evaluator: Evaluator
@@ -35,14 +35,15 @@ def train(job: Job) -> None:
     for step in range(job.checkpoints.next_step, job.steps):
         values: dict[str, float] = {}
         evaluates = job.evaluator.is_due(step)
-        if job.sync.feeds_training or evaluates:
+        if job.engines.feeds_training or evaluates:
             with phases("sync"):
-                job.sync.send(policy)
+                job.engines.send(policy)
         if evaluates:
             with phases("evaluation"):
                 values |= job.evaluator.evaluate(step)
 
         experience = job.collector.collect(step, phases)
+        job.engines.sleep()
 
         # Student and teacher read the same response tokens after different contexts.
         with phases("score"):
@@ -58,7 +59,7 @@ def train(job: Job) -> None:
             ]
             policy.teacher.after_batch(step, updated=not all(u.skipped for u in updates))
 
-        values |= scored | step_metrics(experience, batch, updates)
+        values |= scored | job.engines.metrics() | step_metrics(experience, batch, updates)
         job.reader.watch(values)
         values["data/epoch"] = job.collector.prompts.epoch
         values |= phases.finish_step(experience.metrics["rollout/tokens"])
@@ -67,5 +68,5 @@ def train(job: Job) -> None:
             job.checkpoints.save_if_due(step, last=step + 1 == job.steps)
 
     if job.evaluator.has_prompts:
-        job.sync.send(policy)
+        job.engines.send(policy)
         job.metrics.log(job.steps, job.evaluator.evaluate(job.steps))

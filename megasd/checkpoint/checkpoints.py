@@ -6,6 +6,7 @@ that bears its name is whole, whenever the run was killed. Older ones go only af
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megasd.checkpoint.config import CheckpointConfig
-from megasd.checkpoint.model_state import check_same_run, restore_state, sharded_state
+from megasd.checkpoint.model_state import (
+    check_same_run,
+    reseed,
+    restore_state,
+    sharded_state,
+)
 from megasd.data.prompts import Prompts
 from megasd.policy.policy import Policy
 
@@ -67,15 +73,20 @@ class Checkpoints:
         self.next_step = 0  # the first step that is still to be done
 
     def restore(self) -> None:
-        """Continue from the newest checkpoint; without one, from the start."""
+        """Continue from the newest checkpoint, in whatever layout; without one, from the start.
+
+        Random states are of ranks: another number of ranks starts new ones from the run's seed.
+        Nothing of ours draws from them; what is sampled has seeds of its own.
+        """
         folder = newest(self.folder)
         if folder is None:
             return
         common = dist_checkpointing.load_common_state_dict(str(folder))
         check_same_run(self.policy, common, str(folder))
+        same_ranks = common["world_size"] == dist.get_world_size()
         state: Any = dist_checkpointing.load(
             {
-                **sharded_state(self.policy, loading=True),
+                **sharded_state(self.policy, loading=True, random_states=same_ranks),
                 "prompts": {},
                 "memory": {},
                 "next_step": 0,
@@ -87,6 +98,14 @@ class Checkpoints:
         device = self.policy.backend.device
         self.memory.update({k: v.to(device) for k, v in state["memory"].items()})
         self.next_step = state["next_step"]
+        if not same_ranks:
+            reseed(self.policy.seed, self.next_step, dist.get_rank())
+            if dist.get_rank() == 0:
+                print(
+                    f"megasd: note: {folder} was saved by {common['world_size']} ranks, and "
+                    f"{dist.get_world_size()} go on; their random states start anew from run.seed",
+                    file=sys.stderr,
+                )
 
     def save_if_due(self, step: int, *, last: bool) -> None:
         """After step `step` (from 0): every k steps and at the end."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megasd.policy.policy import Policy
+from megasd.weights.bucket import named_tensors
 from megasd.weights.hf_folder import write_hf_folder
 
 
@@ -15,7 +16,7 @@ def export_hf(policy: Policy, source: str | Path, target: Path, *, replace: bool
     `replace`: an existing `target` gives way once the new one is complete. Raises ValueError on
     every rank when rank 0 cannot write; `target` is then as it was.
     """
-    tensors = policy.full_tensors()
+    tensors = named_tensors(policy.weight_buckets(whole=True))
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

@@ -23,16 +23,16 @@ from megasd.policy.policy import Policy
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
-    """What `dist_checkpointing` saves, and the template of what it loads."""
+def sharded_state(policy: Policy, *, loading: bool, random_states: bool = True) -> dict[str, Any]:
+    """What `dist_checkpointing` saves, and the template of what it loads.
+
+    `random_states`: those of every rank, which only as many ranks can load.
+    """
     model = policy.state.gpt.sharded_state_dict()
     state: dict[str, Any] = {
         "model": model,
         "optimizer": policy.state.optimizer.sharded_state_dict(
             model, is_loading=loading, metadata=_METADATA
-        ),
-        "random": ShardedObject(
-            "random", random_state(), (dist.get_world_size(),), (dist.get_rank(),)
         ),
         "scheduler": policy.state.scheduler.state_dict(),
         "hf_config": dict(policy.hf_config),
@@ -40,13 +40,17 @@ def sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
         "version": policy.version,
         "skipped_steps": policy.skipped_steps,
     }
+    if random_states:
+        state["random"] = ShardedObject(
+            "random", random_state(), (dist.get_world_size(),), (dist.get_rank(),)
+        )
     if policy.teacher.tensors:
         state["teacher"] = _teacher(policy)
     return state
 
 
 def check_same_run(policy: Policy, common: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError when the unsharded part of a checkpoint is of another model or layout."""
+    """Raises ValueError when the unsharded part of a checkpoint is of another model."""
     saved, own = common["hf_config"], policy.hf_config
     # Written by every export anew, and without meaning for the weights.
     keys = (saved.keys() | own.keys()) - {"transformers_version", "dtype", "torch_dtype"}
@@ -54,11 +58,6 @@ def check_same_run(policy: Policy, common: Mapping[str, Any], where: str) -> Non
         raise ValueError(
             f"model.path: {where} was saved from another model, its config.json differs in "
             f"{', '.join(differing)}; resume with the model of the run"
-        )
-    if common["world_size"] != dist.get_world_size():
-        raise ValueError(
-            f"{where} was saved by {common['world_size']} ranks, and {dist.get_world_size()} are "
-            "running; resume on as many ranks as the run had"
         )
 
 
@@ -97,7 +96,8 @@ def restore_state(policy: Policy, state: dict[str, Any]) -> None:
     policy.state.scheduler.load_state_dict(state["scheduler"])
     policy.version = state["version"]
     policy.skipped_steps = state["skipped_steps"]
-    set_random_state(state["random"])
+    if "random" in state:
+        set_random_state(state["random"])
 
 
 def random_state() -> dict[str, Any]:
@@ -118,6 +118,14 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
     _tracker().set_states(state["megatron"])
+
+
+def reseed(*words: int) -> None:
+    """New states for every generator of this process but Megatron's, which has seeded its own."""
+    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _tracker() -> CudaRNGStatesTracker:

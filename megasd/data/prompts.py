@@ -20,7 +20,7 @@ class Prompts:
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True) -> None:
         if not prompts:
             raise ValueError("data.files: there are no prompts to draw from.")
-        self._prompts = prompts
+        self.rows = prompts
         self._seed = seed
         self._shuffle = shuffle
         self._fingerprint = fingerprint(prompts)
@@ -28,12 +28,12 @@ class Prompts:
         self.position = 0  # prompts handed out since the start of the run
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self.rows)
 
     @property
     def epoch(self) -> float:
         """Epochs handed out so far, as a fraction."""
-        return self.position / len(self._prompts)
+        return self.position / len(self.rows)
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
@@ -42,27 +42,27 @@ class Prompts:
         return drawn
 
     def _at(self, position: int) -> Prompt:
-        epoch, row = divmod(position, len(self._prompts))
+        epoch, row = divmod(position, len(self.rows))
         if not self._shuffle:
-            return self._prompts[row]
+            return self.rows[row]
         if self._order[0] != epoch:
             generator = np.random.default_rng([self._seed, epoch])
-            self._order = (epoch, generator.permutation(len(self._prompts)))
-        return self._prompts[self._order[1][row]]
+            self._order = (epoch, generator.permutation(len(self.rows)))
+        return self.rows[self._order[1][row]]
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "position": self.position,
-            "rows": len(self._prompts),
+            "rows": len(self.rows),
             "fingerprint": self._fingerprint,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`. Raises a ValueError if the data are not the ones of `state`."""
-        if (state["rows"], state["fingerprint"]) != (len(self._prompts), self._fingerprint):
+        if (state["rows"], state["fingerprint"]) != (len(self.rows), self._fingerprint):
             raise ValueError(
                 f"data.files: the checkpoint was made with other data ({state['rows']} rows then, "
-                f"{len(self._prompts)} now, or the same number with other content); resume with "
+                f"{len(self.rows)} now, or the same number with other content); resume with "
                 "the data and the tokenizer of the run, or start a new run."
             )
         self.position = state["position"]

@@ -9,7 +9,8 @@ import numpy as np
 from megasd.evaluation.config import EvaluationConfig
 from megasd.evaluation.statistics import average_at_k, pass_at_k
 from megasd.rewards.scorer import Scorer
-from megasd.rollout.engine import Request, RolloutEngine
+from megasd.rollout.engine import Request
+from megasd.rollout.fleet import Fleet
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt, Rollout, Verdict
 
@@ -30,7 +31,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    engine: RolloutEngine | None,
+    engines: Fleet,
     scorer: Scorer | None,
     prompts: Sequence[Prompt],
     config: EvaluationConfig,
@@ -42,7 +43,7 @@ def evaluate(
 ) -> Evaluation:
     """Held-out figures of the weights that the engines hold, the same on every rank.
 
-    Called by all ranks; engine and scorer are None on those that do not sample. Samples from the
+    Called by all ranks; the scorer is None on those that do not judge. Samples from the
     whole distribution (no top-p, no top-k), with seeds that do not depend on the step, so that
     two evaluations differ by their weights only. A response is right when its reward reaches
     `success_threshold`; one whose verifier failed is counted in `evaluation/reward_errors` and
@@ -63,13 +64,12 @@ def evaluate(
         for sample in range(config.samples)
     ]
 
-    def sample_and_judge(share: Sequence[Request]) -> list[tuple[Rollout, Verdict]]:
-        assert engine is not None
+    def judge(share: Sequence[Rollout]) -> list[Verdict]:
         assert scorer is not None
-        rollouts = engine.generate(list(share))
-        return list(zip(rollouts, scorer.score(rollouts), strict=True))
+        return scorer.score(list(share))
 
-    judged = spread.map(requests, sample_and_judge)
+    rollouts = engines.generate(requests)
+    judged = list(zip(rollouts, spread.map(rollouts, judge), strict=True))
     return summarise(judged, config, seed=seed, success_threshold=success_threshold)
 
 

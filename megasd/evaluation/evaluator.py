@@ -7,7 +7,7 @@ from megasd.evaluation.config import EvaluationConfig
 from megasd.evaluation.evaluate import evaluate
 from megasd.evaluation.records import write_counts
 from megasd.rewards.scorer import Scorer
-from megasd.rollout.engine import RolloutEngine
+from megasd.rollout.fleet import Fleet
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt
 
@@ -20,7 +20,7 @@ class Evaluator:
         config: EvaluationConfig,
         prompts: Sequence[Prompt],
         *,
-        engine: RolloutEngine | None,
+        engines: Fleet,
         scorer: Scorer | None,
         spread: Spread,
         seed: int,
@@ -30,7 +30,7 @@ class Evaluator:
     ) -> None:
         self.config = config
         self.prompts = prompts
-        self._engine = engine
+        self._engines = engines
         self._scorer = scorer
         self._spread = spread
         self._seed = seed
@@ -50,7 +50,7 @@ class Evaluator:
     def evaluate(self, step: int) -> dict[str, float]:
         """The figures of the weights before step `step`."""
         evaluation = evaluate(
-            self._engine,
+            self._engines,
             self._scorer,
             self.prompts,
             self.config,

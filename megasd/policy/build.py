@@ -22,13 +22,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from megasd.policy.backend import Backend
+from megasd.policy.checks import UNEVEN, gathers_unevenly
 from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megasd.policy.megatron_fixes import (
     allocate_adam_state,
+    count_tokens_to_send_on_a_cpu,
+    define_te_general_gemm,
     leave_bucket_padding_out_of_offsets,
     leave_step_out_of_parameter_state,
 )
+from megasd.policy.rope import rope_arguments
 from megasd.policy.spec import layer_spec
+from megasd.weights.layout import Sizes
+from megasd.weights.reshard import Place
+from megasd.weights.tables import table_for
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -43,9 +50,37 @@ class Layout:
     pp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
+    stage_rank: int  # among all ranks of the pipeline stage, in Megatron's order
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup  # ep x etp ranks, etp innermost
     sequence_parallel: bool
+
+    @property
+    def stage_size(self) -> int:
+        return self.tp_size * self.dp_size
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many ways the model is cut, for the tables of weights."""
+        return Sizes(tp=self.tp_size, pp=self.pp_size, ep=self.ep_size, etp=self.etp_size)
+
+    @property
+    def place(self) -> Place:
+        """Where this rank stands among those that hold one copy of the model."""
+        return Place(
+            tp=self.tp_rank,
+            pp=self.pp_rank,
+            expert=self.ep_rank * self.etp_size + self.etp_rank,
+            stage=self.stage_rank,
+            tp_group=self.tp_group,
+            pp_group=self.pp_group,
+            expert_group=self.expert_group,
+        )
 
     @property
     def is_first_stage(self) -> bool:
@@ -62,41 +97,41 @@ class Layout:
 
 
 def start_parallel(parallel: ParallelConfig, backend: Backend, seed: int) -> Layout:
-    """Megatron's process groups; torch.distributed is initialised already."""
+    """Megatron's process groups; torch.distributed is initialised already.
+
+    Raises ValueError for what `gathers_unevenly` on a CPU.
+    """
+    if not backend.is_cuda and gathers_unevenly(parallel):
+        raise ValueError(UNEVEN)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.ranks_per_expert,
         distributed_timeout_minutes=max(1, parallel.timeout_seconds // 60),
         create_gloo_process_groups=backend.is_cuda,
     )
     model_parallel_cuda_manual_seed(seed)
     groups: Any = parallel_state  # typed as groups or lists of groups
-    return Layout(
+    layout = Layout(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=groups.get_expert_model_parallel_rank(),
+        ep_size=groups.get_expert_model_parallel_world_size(),
+        etp_rank=groups.get_expert_tensor_parallel_rank(),
+        etp_size=groups.get_expert_tensor_parallel_world_size(),
+        stage_rank=dist.get_rank() % (dist.get_world_size() // parallel.pipeline),
         tp_group=groups.get_tensor_model_parallel_group(),
         pp_group=groups.get_pipeline_model_parallel_group(),
+        expert_group=groups.get_expert_tensor_and_model_parallel_group(),
         sequence_parallel=parallel.sequence,
     )
-
-
-def rope_base(hf_config: Mapping[str, Any]) -> float:
-    """RoPE's base, wherever this version of transformers wrote it; scaled RoPE is refused."""
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(
-            f"model.path: config.json asks for RoPE of type {kind!r}, which is not supported; "
-            "use a checkpoint with plain RoPE"
-        )
-    base = hf_config.get("rope_theta", rope.get("rope_theta"))
-    if base is None:
-        raise ValueError("model.path: config.json names no rope_theta; add the model's RoPE base")
-    return float(base)
+    assert dist.get_rank(layout.expert_group) == layout.place.expert, "etp is not innermost"
+    return layout
 
 
 def transformer_config(
@@ -112,7 +147,7 @@ def transformer_config(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    heads = hf_config["num_attention_heads"]
+    table, heads = table_for(hf_config), hf_config["num_attention_heads"]
     return TransformerConfig(
         num_layers=hf_config["num_hidden_layers"],
         hidden_size=hf_config["hidden_size"],
@@ -122,7 +157,7 @@ def transformer_config(
         ffn_hidden_size=hf_config["intermediate_size"],
         layernorm_epsilon=hf_config["rms_norm_eps"],
         normalization="RMSNorm",
-        qk_layernorm=True,
+        qk_layernorm=table.qk_norm,
         gated_linear_unit=True,
         activation_func=functional.silu,
         add_bias_linear=False,
@@ -152,7 +187,33 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # wants apex
         **recompute,
+        **(
+            _expert_config(hf_config, table.num_experts, layout, fused) if table.num_experts else {}
+        ),
     )
+
+
+def _expert_config(
+    hf_config: Mapping[str, Any], num_experts: int, layout: Layout, fused: bool
+) -> dict[str, Any]:
+    """The part of `transformer_config` that only a model with experts has.
+
+    No load balancing: in RL its gradient would compete with the reward's.
+    """
+    return {
+        "num_moe_experts": num_experts,
+        "expert_model_parallel_size": layout.ep_size,
+        "expert_tensor_parallel_size": layout.etp_size,
+        "moe_router_topk": hf_config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": hf_config["moe_intermediate_size"],
+        # transformers normalises the chosen probabilities, which is a softmax over the chosen.
+        "moe_router_pre_softmax": not hf_config.get("norm_topk_prob", False),
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": fused,
+    }
 
 
 class HeadlessGPT(GPTModel):
@@ -187,16 +248,18 @@ def build_model(
 ) -> HeadlessGPT:
     """This rank's stage of the model on its device; the parameters' values are arbitrary."""
     config = transformer_config(hf_config, model, layout, backend)
-    spec: Any = layer_spec(
-        config, transformer_engine=backend.transformer_engine, qk_norm=True, vp_stage=None
-    )
+    if config.num_moe_experts:
+        define_te_general_gemm()
+        if not backend.is_cuda:
+            count_tokens_to_send_on_a_cpu()
+    spec: Any = layer_spec(config, transformer_engine=backend.transformer_engine, vp_stage=None)
     gpt = HeadlessGPT(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=padded_vocabulary(hf_config["vocab_size"], layout.tp_size),
         max_sequence_length=hf_config["max_position_embeddings"],
         position_embedding_type="rope",
-        rotary_base=rope_base(hf_config),  # pyright: ignore[reportArgumentType] - floats too
+        **rope_arguments(hf_config),
         pre_process=layout.is_first_stage,
         post_process=layout.is_last_stage,
         share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings", False)),

@@ -22,7 +22,18 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False  # activations between tensor-parallel regions are cut along tokens
+    expert: int = 1  # ranks that share the experts of a layer; they are data parallel otherwise
+    expert_tensor: int | None = (
+        None  # ranks that share one expert; null: 1, without `expert` tensor
+    )
     timeout_seconds: int = 1800  # of a collective, before the run is declared dead
+
+    @property
+    def ranks_per_expert(self) -> int:
+        """`expert_tensor`, or its default."""
+        if self.expert_tensor is not None:
+            return self.expert_tensor
+        return self.tensor if self.expert == 1 else 1
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from megasd.policy.backend import Backend
 from megasd.policy.build import DTYPES, HeadlessGPT, Layout, build_model
 from megasd.policy.config import ModelConfig
 from megasd.weights.hf_folder import HFFolder, load_parameter, read_hf_config
-from megasd.weights.layout import stage_layers
+from megasd.weights.layout import rank_experts, stage_layers
 from megasd.weights.tables import table_for
-from megasd.weights.tables.table import Table
+from megasd.weights.tables.table import Row, Table
 
 
 class LoadedModel(NamedTuple):
@@ -32,12 +32,24 @@ def load_model(path: Path, model: ModelConfig, layout: Layout, backend: Backend)
     folder, dtype = HFFolder(path), DTYPES[model.dtype]
     folder.check(table)
     layers = stage_layers(table.num_layers, layout.pp_rank, layout.pp_size)
+    experts = rank_experts(table.num_experts, layout.ep_rank, layout.ep_size)
     for name, parameter in gpt.named_parameters():
-        row, layer = table.find(name, first_layer=layers[0])
-        local = load_parameter(folder, row, layer, layout.tp_rank, layout.tp_size, dtype)
-        parameter.copy_(local)
-        # Megatron's gradient norm counts a parameter on every tensor-parallel rank, or on the
-        # first only, by this mark; its layers set it while they draw random weights, which
-        # ours never do.
-        parameter.tensor_model_parallel = row.kind != "replicated"  # pyright: ignore
+        entry = table.find(name, layers.start, experts.start)
+        tensor_rank = layout.etp_rank if entry.row.experts else layout.tp_rank
+        ways = layout.sizes.ways(entry.row)
+        parameter.copy_(load_parameter(folder, entry, tensor_rank, ways, dtype))
+        _mark(parameter, entry.row)
     return LoadedModel(gpt, hf_config, table)
+
+
+def _mark(parameter: Any, row: Row) -> None:
+    """What Megatron reads off a parameter; its layers set it for some layouts only.
+
+    tensor_model_parallel: the gradient norm counts the parameter on every tensor-parallel rank,
+    not on the first only. Whatever piece of an expert a rank's optimizer holds, no other does.
+    allreduce: False sums the gradient over the ranks that hold the same expert, and keeps the
+    parameter in an optimizer of its own. Megatron does so for `expert` above 1 only; a checkpoint
+    loads in every layout because experts stand apart in every layout.
+    """
+    parameter.tensor_model_parallel = row.kind != "replicated"
+    parameter.allreduce = not row.experts

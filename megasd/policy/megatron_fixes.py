@@ -1,7 +1,8 @@
 """What megatron-core 0.16 gets wrong for us: one named function per fault, each with a test.
 
 Three concern the distributed optimizer over torch's AdamW, which Megatron falls back to when
-neither Transformer Engine nor apex is installed; with their FusedAdam they do nothing.
+neither Transformer Engine nor apex is installed; with their FusedAdam they do nothing. Two concern
+experts without Transformer Engine, or on a CPU.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,29 @@ from typing import Any
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+
+def define_te_general_gemm() -> None:
+    """Without Transformer Engine the router asks for a function whose import failed: NameError."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # what it means by "not there"
+
+
+def count_tokens_to_send_on_a_cpu() -> None:
+    """Give all-to-all the split sizes as numbers where they never were on a GPU.
+
+    Megatron turns them into numpy while it copies them off the GPU, and leaves tensors, which
+    all-to-all refuses, where there is nothing to copy.
+    """
+    real: Any = moe_utils.maybe_move_tensor_to_cpu
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return real(tensor, as_numpy, record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
 
 
 def _adams(optimizer: ChainedOptimizer) -> Iterator[torch.optim.Adam]:

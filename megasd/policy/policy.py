@@ -1,10 +1,9 @@
 """The policy that the loop sees: score, update, teacher, weights. Rooms behind it do the work."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from megasd.algorithms.base import Algorithm
 from megasd.losses.config import MismatchConfig
@@ -18,7 +17,8 @@ from megasd.policy.state import ModelState, PolicyState
 from megasd.policy.teacher import TeacherWeights
 from megasd.policy.update import UpdateResult, update
 from megasd.types import Credit, Reads, ResponseBatch, Scores, View
-from megasd.weights.reshard import ReshardPlan, full_tensors
+from megasd.weights.bucket import Bucket
+from megasd.weights.reshard import DEFAULT_BUCKET_BYTES, ReshardPlan, reshard
 
 REFERENCE = TeacherConfig(weights="frozen")
 
@@ -39,11 +39,15 @@ class Policy:
         total_steps: int,
         seed: int,
         roles: Sequence[str] = (),
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        receivers: int = 1,
     ) -> None:
         """Build, read the weights from `model.path`, make the optimizer for `total_steps` steps.
 
         `roles` are those that `score_teacher` will be asked for: their weights are kept.
+        `bucket_bytes` and `receivers` are those of the `ReshardPlan` that feeds the engines.
         """
+        self.seed = seed
         self.temperature = temperature
         self.mismatch = mismatch
         self.backend = backend
@@ -51,10 +55,12 @@ class Policy:
         loaded = load_model(Path(model.path), model, self.layout, backend)
         self.hf_config, self.table = loaded.hf_config, loaded.table
         self.parameters = dict(loaded.gpt.named_parameters())
-        self._plan = ReshardPlan(self.table, self.layout.tp_size, self.layout.pp_size)
+        sizes = self.layout.sizes
+        self._plan = ReshardPlan(self.table, sizes, bucket_bytes=bucket_bytes, receivers=receivers)
+        self._whole = ReshardPlan(self.table, sizes, bucket_bytes=bucket_bytes)
         ddp = wrap(loaded.gpt)
         built = build_optimizer(ddp, optimizer)
-        sizes = {
+        limits = {
             "max_tokens_per_microbatch": optimizer.max_tokens_per_microbatch,
             "head_chunk_tokens": model.head_chunk_tokens,
         }
@@ -66,26 +72,32 @@ class Policy:
             ddp=ddp,
             optimizer=built,
             scheduler=build_scheduler(built, optimizer, total_steps),
-            **sizes,
+            **limits,
         )
         self.teacher = TeacherWeights(teacher, self.parameters)
         # Read anew from `model.path` in every start of a run: no checkpoint holds it.
         self._reference = (
             TeacherWeights(REFERENCE, self.parameters) if "reference" in roles else None
         )
-        self._other_model: ModelState | None = None
-        if teacher.weights == "checkpoint":
-            assert teacher.path is not None, "validated"
-            other = load_model(Path(teacher.path), model, self.layout, backend)
-            self._other_model = ModelState(
-                layout=self.layout,
-                device=backend.device,
-                gpt=other.gpt,
-                vocab_size=other.hf_config["vocab_size"],
-                **sizes,
-            )
+        self._other_model = (
+            self._load_other(teacher, model, limits) if teacher.weights == "checkpoint" else None
+        )
         self.version = 0  # optimizer steps that changed the weights
         self.skipped_steps = 0  # optimizer steps whose gradient was not finite
+
+    def _load_other(
+        self, teacher: TeacherConfig, model: ModelConfig, limits: Mapping[str, int]
+    ) -> ModelState:
+        """The teacher's own model, cut like the policy."""
+        assert teacher.path is not None, "validated"
+        other = load_model(Path(teacher.path), model, self.layout, self.backend)
+        return ModelState(
+            layout=self.layout,
+            device=self.backend.device,
+            gpt=other.gpt,
+            vocab_size=other.hf_config["vocab_size"],
+            **limits,
+        )
 
     def score(
         self,
@@ -127,6 +139,13 @@ class Policy:
             state, views, offsets, temperature=self.temperature, reads=reads, owners=owners
         )
 
+    def score_plainly(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probs [T - 1] at temperature 1 of every token but the first of each [T] sequence."""
+        views = [View(prompt_ids=ids[:1], response_ids=ids[1:]) for ids in sequences]
+        offsets = np.cumsum([0, *(len(view.response_ids) for view in views)])
+        scores = score(self.state, views, offsets, temperature=1.0)
+        return np.split(scores.logprobs.cpu().numpy(), offsets[1:-1])
+
     def assign_owners(self, lengths: Sequence[int], minibatch_ids: Sequence[int]) -> np.ndarray:
         """The data-parallel rank of each rollout, for passes that leave values behind."""
         return assign_owners(lengths, minibatch_ids, num_ranks=self.layout.dp_size)
@@ -157,13 +176,11 @@ class Policy:
         self.version += not result.skipped
         return result
 
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every (Hugging Face name, full tensor), on every rank: what engines and exports read."""
-        return full_tensors(
-            self._plan,
-            {name: parameter.detach() for name, parameter in self.parameters.items()},
-            tp_group=self.layout.tp_group,
-            pp_group=self.layout.pp_group,
-            tp_rank=self.layout.tp_rank,
-            pp_rank=self.layout.pp_rank,
-        )
+    def weight_buckets(self, *, whole: bool = False) -> Iterator[Bucket]:
+        """Full Hugging Face tensors, collective: what engines read, on every rank.
+
+        Where engines cut their experts over ranks, each rank gets its share of them only;
+        `whole`: every tensor on every rank, as exports need.
+        """
+        plan = self._whole if whole else self._plan
+        return reshard(plan, self.parameters, self.layout.place)

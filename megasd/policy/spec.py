@@ -88,16 +88,21 @@ class PackedAttention(torch.nn.Module):
 
 
 def layer_spec(
-    config: TransformerConfig, *, transformer_engine: bool, qk_norm: bool, vp_stage: int | None
+    config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """What GPTModel is built from on this rank."""
+    parts_of_a_layer: dict[str, Any] = {
+        "qk_layernorm": config.qk_layernorm,
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+    }
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(**parts_of_a_layer)
+    layer = get_gpt_layer_local_spec(**parts_of_a_layer, normalization="RMSNorm")
     parts: Any = layer.submodules
     attention: Any = parts.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    if qk_norm:
+    if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedAttention
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)

@@ -1,12 +1,15 @@
-"""From config to engine."""
+"""From config to this rank's engine."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import RolloutEngine
+from megasd.rollout.placement import Seat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,20 +17,53 @@ if TYPE_CHECKING:
 
 def build_engine(
     config: RolloutConfig,
+    seating: Mapping[int, Seat],  # every rank that takes part in an engine
     *,
-    solutions: bool,  # the algorithm's `needs.solutions`: responses are read, not sampled
     folder: str | Path,  # model.path
     tokenizer: "PreTrainedTokenizerBase",
     dtype: torch.dtype,
     device: torch.device,
-) -> RolloutEngine:
-    """The engine that `rollout.engine` names; each imports its library only when it is chosen."""
-    if solutions:
-        from megasd.rollout.solutions import SolutionsEngine
+    hf_shapes: Mapping[str, tuple[int, ...]],
+    run_folder: Path,
+) -> RolloutEngine | None:
+    """The engine that `rollout.engine` names, on the ranks that have a seat; called by all ranks.
 
-        return SolutionsEngine(tokenizer)
+    Each engine's library is imported only when it is chosen.
+    """
+    seat = seating.get(dist.get_rank())
+    group = _engine_group(seating)
+    if seat is None:
+        return None
     if config.engine == "hf":
         from megasd.rollout.hf import HFEngine
 
         return HFEngine(folder, tokenizer, dtype=dtype, device=device, batch_size=config.batch_size)
-    raise ValueError(f"rollout.engine: {config.engine!r} is not an engine; use hf")
+    from megasd.rollout.vllm import VLLMEngine
+
+    return VLLMEngine(
+        config.vllm,
+        folder,
+        tokenizer,
+        dtype=dtype,
+        device=device,
+        hf_shapes=hf_shapes,
+        run_folder=run_folder,
+        name=f"engine{seat.number}",
+        rank_in_engine=seat.rank,
+        engine_size=seat.size,
+        group=group,
+    )
+
+
+def _engine_group(seating: Mapping[int, Seat]) -> dist.ProcessGroup | None:
+    """The group of the ranks that share this rank's engine, for objects; None for one rank.
+
+    All ranks make all groups in one order, so that none can wait for another that is never made.
+    """
+    mine: Any = None  # typed as a group or a number by torch
+    for number in sorted({seat.number for seat in seating.values() if seat.size > 1}):
+        ranks = sorted(rank for rank, seat in seating.items() if seat.number == number)
+        group = dist.new_group(ranks, backend="gloo")
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine

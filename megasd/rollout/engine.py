@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from megasd.types import Prompt, Rollout
+from megasd.weights.bucket import Bucket
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,30 +25,52 @@ class Request:
     temperature: float  # 0: the most likely token always
     top_p: float  # 1: off
     top_k: int  # 0: off
+    min_p: float = 0.0  # tokens below min_p times the likeliest's probability are out; 0: off
+    stop: tuple[str, ...] = ()  # strings that end a response, beside the end-of-sequence tokens
     max_response_tokens: int
+
+
+class EngineLostError(RuntimeError):
+    """The engine died, hangs, or was discarded after a failed update; `load_weights` revives it.
+
+    `missing` are indices into the requests of the call that have no rollout; `rollouts` are those
+    of the others, in their order.
+    """
+
+    def __init__(
+        self, message: str, *, rollouts: Sequence[Rollout] = (), missing: Sequence[int] = ()
+    ) -> None:
+        super().__init__(message)
+        self.rollouts, self.missing = list(rollouts), list(missing)
 
 
 class RolloutEngine(Protocol):
     """Lives on a rank that samples. Built without weights; they arrive by `load_weights` only."""
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes every (Hugging Face name, full tensor); `version` travels with each rollout.
+    def load_weights(self, buckets: Iterable[Bucket], version: int, *, check: bool = True) -> None:
+        """Takes every full Hugging Face tensor; `version` travels with each rollout.
 
-        Walks `tensors` to the end whatever is wrong, because gathering them is collective; raises
-        RuntimeError after it when the weights are not complete. There are then no weights.
+        Walks `buckets` to the end whatever is wrong, because gathering them is collective; raises
+        RuntimeError after it when the weights are not complete, EngineLostError when the engine
+        had to be discarded (the next call starts a new one). There are then no weights. `check`:
+        compare checksums on both sides of a transfer, and raise RuntimeError naming the tensor.
         """
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout per request, in their order."""
+        """One rollout per request, in their order. Raises EngineLostError with what was saved."""
+        ...
+
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probs [T - 1] at temperature 1 of every token but the first of each [T] sequence."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the last `generate` says of itself, by the names of docs/records.md; may be {}."""
         ...
 
     def sleep(self) -> None:
-        """Gives the accelerator's memory back while the trainer works; weights are kept."""
-        ...
-
-    def wake(self) -> None:
-        """Undoes `sleep`."""
+        """Gives the accelerator's memory back while the trainer works; weights are lost."""
         ...
 
     def close(self) -> None:
@@ -62,3 +85,14 @@ def response_text(tokenizer: "PreTrainedTokenizerBase", token_ids: np.ndarray) -
     )
     assert isinstance(text, str)
     return text
+
+
+def stop_ids(folder: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokenizer's end-of-sequence token and those of the folder's generation_config.json."""
+    from transformers import GenerationConfig
+
+    ids: list[Any] = [tokenizer.eos_token_id]
+    if (Path(folder) / "generation_config.json").is_file():
+        also: Any = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        ids += also if isinstance(also, list) else [also]
+    return sorted({i for i in ids if i is not None})

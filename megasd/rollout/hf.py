@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from megasd.rollout.engine import Request, response_text
+from megasd.rollout.engine import Request, response_text, stop_ids
 from megasd.types import Rollout
+from megasd.weights.bucket import Bucket, named_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +38,9 @@ class Response:
 class HFEngine:
     """Samples with transformers on the model that `folder`/config.json describes.
 
-    Log-probs are float32, of the distribution that was sampled from: after temperature, top-k and
-    top-p. Temperature 0 takes the most likely token; its log-prob is then that of temperature 1.
+    Log-probs are float32, of the distribution that was sampled from: after temperature, top-k,
+    top-p and min-p. Temperature 0 takes the most likely token; its log-prob is then that of
+    temperature 1.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class HFEngine:
         self._tokenizer = tokenizer
         self._device = device
         self._batch_size = batch_size
-        self._stop_ids = _stop_ids(folder, tokenizer)
+        self._stop_ids = stop_ids(folder, tokenizer)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with no_init_weights(), device:
             self._model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -61,20 +63,20 @@ class HFEngine:
         # The folder's defaults (a repetition penalty, say) must not change what is sampled.
         self._model.generation_config = GenerationConfig()
         self._version: int | None = None  # None: no weights, or not all of them
-        self._awake = True
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, buckets: Iterable[Bucket], version: int, *, check: bool = True) -> None:
         self._version = None
-        parameters = dict(self._model.named_parameters())
-        missing, errors = set(parameters), []
-        for name, tensor in tensors:
+        self._model.to(self._device)  # wakes it
+        places = _places(self._model)
+        missing, errors = set(places), []
+        for name, tensor in named_tensors(buckets):
             if name not in missing:
                 errors.append(f"{name} is unknown or came twice")
-            elif tensor.shape != parameters[name].shape:
-                expected = tuple(parameters[name].shape)
+            elif tensor.shape != places[name].shape:
+                expected = tuple(places[name].shape)
                 errors.append(f"{name} has shape {tuple(tensor.shape)} instead of {expected}")
             else:
-                parameters[name].detach().copy_(tensor)
+                places[name].copy_(tensor)
             missing.discard(name)
         errors += [f"{name} is missing" for name in sorted(missing)]
         if errors:
@@ -84,11 +86,13 @@ class HFEngine:
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         if self._version is None:
             raise RuntimeError("the engine has no complete weights: call load_weights first")
-        if not self._awake:
-            raise RuntimeError("the engine sleeps: call wake first")
         responses: dict[int, Response] = {}
         for batch in self._batches(requests):
             answers = self._sample([requests[i] for i in batch])
+            answers = [
+                self._cut_at(requests[i].stop, answer)
+                for i, answer in zip(batch, answers, strict=True)
+            ]
             if not all(np.isfinite(answer.logprobs).all() for answer in answers):
                 raise RuntimeError(
                     f"the weights of version {self._version} give log-probs that are not finite"
@@ -108,11 +112,20 @@ class HFEngine:
             for i, request in enumerate(requests)
         ]
 
+    def _cut_at(self, stop: Sequence[str], response: Response) -> Response:
+        """The response up to the token that completes one of the strings."""
+        for end in range(1, len(response.token_ids) + 1 if stop else 0):
+            text = response_text(self._tokenizer, response.token_ids[:end])
+            if any(string in text for string in stop):
+                return Response(response.token_ids[:end], response.logprobs[:end], True)
+        return response
+
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         """Indices of requests that are sampled alike, with prompts of like length together."""
 
-        def sampling(i: int) -> tuple[float, float, int]:
-            return requests[i].temperature, requests[i].top_p, requests[i].top_k
+        def sampling(i: int) -> tuple[float, ...]:
+            one = requests[i]
+            return one.temperature, one.top_p, one.top_k, one.min_p
 
         def prompt(i: int) -> tuple[int, bytes]:
             token_ids = requests[i].prompt.token_ids
@@ -144,6 +157,7 @@ class HFEngine:
                 "temperature": first.temperature,
                 "top_p": first.top_p,
                 "top_k": first.top_k,
+                "min_p": first.min_p,
             }
             # One number in [0, 1) per token, from the request's own seed.
             draws = [np.random.default_rng(request.seed).random(limit) for request in requests]
@@ -177,26 +191,44 @@ class HFEngine:
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(values, device=self._device)
 
+    @torch.no_grad()
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        scores = []
+        for token_ids in sequences:
+            ids = self._tensor(token_ids)[None]
+            logprobs = self._model(ids).logits[0, :-1].float().log_softmax(-1)
+            scores.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].cpu().numpy())
+        return scores
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def sleep(self) -> None:
         self._model.to("cpu")
-        self._awake = False
-
-    def wake(self) -> None:
-        self._model.to(self._device)
-        self._awake = True
+        self._version = None
 
     def close(self) -> None:
         self._version = None
         self._model.to("meta")
 
 
-def _stop_ids(folder: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokenizer's end-of-sequence token and those of the folder's generation_config.json."""
-    stop_ids: list[Any] = [tokenizer.eos_token_id]
-    if (Path(folder) / "generation_config.json").is_file():
-        also: Any = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-        stop_ids += also if isinstance(also, list) else [also]
-    return sorted({i for i in stop_ids if i is not None})
+def _places(model: Any) -> dict[str, Tensor]:
+    """Where each tensor of a Hugging Face folder lies in the model in memory.
+
+    transformers keeps the experts of a layer in one tensor and their folder has them one by one.
+    """
+    places: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        where, _, kind = name.rpartition(".experts.")
+        if not where:
+            places[name] = values
+            continue
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for number, expert in enumerate(values):
+            for part, rows in zip(parts, expert.chunk(len(parts)), strict=True):
+                places[f"{where}.experts.{number}.{part}.weight"] = rows
+    return places
 
 
 def _decode(

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from megasd.rollout.engine import Request, response_text
 from megasd.types import Rollout
+from megasd.weights.bucket import Bucket
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ class SolutionsEngine:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, buckets: Iterable[Bucket], version: int, *, check: bool = True) -> None:
         raise RuntimeError("the solutions engine needs no weights: do not gather them for it")
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
@@ -49,8 +49,12 @@ class SolutionsEngine:
             policy_version=0,
         )
 
-    def sleep(self) -> None: ...
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        raise RuntimeError("the solutions engine has no weights to score with")
 
-    def wake(self) -> None: ...
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def sleep(self) -> None: ...
 
     def close(self) -> None: ...

@@ -1,7 +1,7 @@
 """Model folders of the true Qwen3 sizes without their weights: for dry runs of real recipes.
 
-The safetensors file has the header of the real one and a hole in place of the numbers: it says
-16 GB and takes some kilobytes of the disk. Every weight reads as 0.
+The safetensors files have headers like the real ones and a hole in place of the numbers: one says
+16 GB and takes as much of the disk as the names of its tensors. Every weight reads as 0.
 """
 
 import json
@@ -9,13 +9,13 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import Qwen3Config
+from transformers import AutoConfig
 
 from megasd.testing.tiny import tiny_tokenizer
-from megasd.weights.hf_folder import SINGLE_FILE
+from megasd.weights.hf_folder import INDEX_FILE, SINGLE_FILE
 from megasd.weights.tables import table_for
 
-Size = Literal["1.7B", "4B", "8B"]
+Size = Literal["1.7B", "4B", "8B", "30B-A3B", "235B-A22B"]
 
 SIZES: dict[str, dict[str, Any]] = {  # what the models' config.json say
     "1.7B": {
@@ -39,7 +39,27 @@ SIZES: dict[str, dict[str, Any]] = {  # what the models' config.json say
         "intermediate_size": 12288,
         "tie_word_embeddings": False,
     },
+    "30B-A3B": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "tie_word_embeddings": False,
+    },
+    "235B-A22B": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "tie_word_embeddings": False,
+    },
 }
+FILE_BYTES = 20 * 10**9  # the dense models are one file
+EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
 
 
 def hollow_qwen3(folder: Path | str, size: Size = "8B") -> Path:
@@ -50,9 +70,10 @@ def hollow_qwen3(folder: Path | str, size: Size = "8B") -> Path:
     folder = Path(folder)
     tokenizer = tiny_tokenizer()
     vocabulary = tokenizer.get_vocab()
-    config = Qwen3Config(
-        **SIZES[size],
-        num_key_value_heads=8,
+    sizes, has_experts = SIZES[size], "moe_intermediate_size" in SIZES[size]
+    config: Any = AutoConfig.for_model(
+        "qwen3_moe" if has_experts else "qwen3",
+        **{"num_key_value_heads": 8, **sizes, **(EXPERTS if has_experts else {})},
         head_dim=128,
         vocab_size=151_936,
         max_position_embeddings=40_960,
@@ -61,13 +82,36 @@ def hollow_qwen3(folder: Path | str, size: Size = "8B") -> Path:
         bos_token_id=None,
         eos_token_id=vocabulary[str(tokenizer.eos_token)],
         pad_token_id=vocabulary[str(tokenizer.pad_token)],
-        architectures=["Qwen3ForCausalLM"],
+        architectures=["Qwen3MoeForCausalLM" if has_experts else "Qwen3ForCausalLM"],
         dtype="bfloat16",
     )
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _write_hole(folder / SINGLE_FILE, table_for(config.to_dict()).hf_shapes())
+    _write_holes(folder, table_for(config.to_dict()).hf_shapes())
     return folder
+
+
+def _write_holes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """One safetensors file, or several and an index: what is opened is mapped file by file."""
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    room = FILE_BYTES
+    for name, shape in shapes.items():
+        needed = 2 * math.prod(shape)
+        if needed > room:
+            files.append({})
+            room = FILE_BYTES
+        files[-1][name] = shape
+        room -= needed
+    if len(files) == 1:
+        return _write_hole(folder / SINGLE_FILE, files[0])
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(files, start=1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        _write_hole(folder / file, part)
+        weight_map.update(dict.fromkeys(part, file))
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
 
 
 def _write_hole(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -1,28 +1,34 @@
 """Reading and writing Hugging Face model folders.
 
 Reading touches only what is asked for: shapes from the files' headers, values slice by slice.
-Writing streams shards into a temporary folder beside the target and renames it at the end, so
-that whatever fails leaves the target as it was.
+Writing puts each tensor where the source's files have it, in a temporary folder beside the target
+that is renamed at the end, so that whatever fails leaves the target as it was.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megasd.weights.hf_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    PlanWriter,
+    TensorFile,
+    index_of,
+    read_plan_of,
+)
 from megasd.weights.layout import fill, local_shape
 from megasd.weights.tables import table_for
-from megasd.weights.tables.table import Row, Table
+from megasd.weights.tables.table import Entry, Table
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 CARRIED_OVER = (  # beside config.json, whatever of it the source holds
     "tokenizer*",
     "vocab.*",
@@ -98,12 +104,16 @@ class HFFolder:
                 f"{self.path / file} is cut short or damaged ({error}); copy it again"
             ) from error
 
+    def plan(self) -> tuple[TensorFile, ...]:
+        """Which tensor lies where in which of the files."""
+        return read_plan_of(self.path, tuple(self._open))
+
     def get_slice(self, name: str) -> Any:
         """The tensor still in its file: indexing it with slices reads only those."""
         return self._open[self.files[name]].get_slice(name)
 
-    def check(self, table: Table) -> None:
-        """Raises one ValueError that lists every missing, unused and wrongly shaped tensor."""
+    def problems(self, table: Table) -> list[str]:
+        """Every missing, unused and wrongly shaped tensor."""
         expected = table.hf_shapes()
         errors = [f"{name} is missing" for name in expected if name not in self.shapes]
         for name, shape in self.shapes.items():
@@ -121,54 +131,50 @@ class HFFolder:
                     f"{where} differs from {original} although config.json ties them; "
                     "set tie_word_embeddings: false there"
                 )
-        if errors:
+        return errors
+
+    def check(self, table: Table) -> None:
+        """Raises one ValueError that lists all problems."""
+        if problems := self.problems(table):
             raise ValueError(
                 f"model.path: {self.path} does not hold the model of its config.json: "
-                + "; ".join(errors)
+                + "; ".join(problems)
             )
 
 
 def load_parameter(
-    folder: HFFolder, row: Row, layer: int | None, tp_rank: int, tp_size: int, dtype: torch.dtype
+    folder: HFFolder, entry: Entry, rank: int, ways: int, dtype: torch.dtype
 ) -> Tensor:
-    """The Megatron tensor of one rank on the CPU; `layer` counts within the model.
+    """The Megatron tensor of one rank of the `ways` that cut it, on the CPU.
 
     Only the rank's slices are read. Padding rows of a vocabulary are zero.
     """
-    local = torch.zeros(local_shape(row, tp_size), dtype=dtype)
-    fill(local, row, [folder.get_slice(tensor.at(layer)) for tensor in row.hf], tp_rank, tp_size)
+    local = torch.zeros(local_shape(entry.row, ways), dtype=dtype)
+    fill(local, entry.row, [folder.get_slice(name) for name in entry.hf_names()], rank, ways)
     return local
 
 
 def write_hf_folder(
-    target: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    source_folder: str | Path,
-    *,
-    max_shard_bytes: int = 5 * 10**9,
+    target: str | Path, tensors: Iterable[tuple[str, Tensor]], source_folder: str | Path
 ) -> None:
     """Writes `tensors` and what else `source_folder` holds of the model as a folder `target`.
 
-    Files hold `max_shard_bytes` at most (a larger tensor is alone) and are written as tensors
-    arrive. Names and shapes are checked against the table of the source's config.json before the
-    target appears. Raises ValueError when the target exists and is not empty, when a tensor is
-    missing, unknown or of the wrong shape, or when the folder cannot be written; the target is
-    then as it was before.
+    The files are those of the source: the same names, tensors and order, in the dtype of
+    `tensors`, which come in any order; each is written before the next is asked for. Names and
+    shapes are checked against the table of the source's config.json before the target appears.
+    Raises ValueError when the target exists and is not empty, when a tensor is missing, unknown
+    or of the wrong shape, or when the folder cannot be written; the target is then as it was.
     """
-    target, source = Path(target), Path(source_folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder; choose another one")
-    hf_config = read_hf_config(source)
+    target, source = Path(target), HFFolder(source_folder)
+    require_empty(target)
+    table = table_for(read_hf_config(source.path))
+    source.check(table)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        dtype = _write_shards(partial, tensors, max_shard_bytes)
-        HFFolder(partial).check(table_for(hf_config))
-        key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-        hf_config[key] = str(dtype).removeprefix("torch.")
-        (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-        for found in (found for pattern in CARRIED_OVER for found in source.glob(pattern)):
-            (shutil.copytree if found.is_dir() else shutil.copyfile)(found, partial / found.name)
+        dtype = _write_tensors(partial, tensors, source.plan(), table)
+        HFFolder(partial).check(table)
+        copy_model_files(source.path, partial, dtype)
         partial.rename(target)
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -178,39 +184,46 @@ def write_hf_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+def require_empty(target: Path) -> None:
+    """Raises ValueError when there is something at `target`."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder; choose another one")
+
+
+def copy_model_files(
+    source: Path, target: Path, dtype: torch.dtype | None, patterns: Iterable[str] = CARRIED_OVER
+) -> None:
+    """Copies config.json, that names `dtype` (None: as it is), tokenizer and the like."""
+    hf_config = read_hf_config(source)
+    key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or hf_config.get(key) == name:
+        shutil.copyfile(source / "config.json", target / "config.json")
+    else:
+        text = json.dumps(hf_config | {key: name}, indent=2) + "\n"
+        (target / "config.json").write_text(text)
+    for found in sorted({found for pattern in patterns for found in source.glob(pattern)}):
+        (shutil.copytree if found.is_dir() else shutil.copyfile)(found, target / found.name)
+
+
+def _write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], plan: Iterable[TensorFile], table: Table
 ) -> torch.dtype:
     """Writes the safetensors files and their index; returns the dtype that all tensors have."""
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    dtypes: set[torch.dtype] = set()
-    shard_bytes = total_bytes = 0
-
-    def flush() -> None:
-        save_file(shard, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-            shard_bytes = 0
-        shard[name] = tensor.detach().cpu().contiguous()
-        shard_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-        dtypes.add(tensor.dtype)
-    flush()
-    if len(dtypes) != 1:
-        raise ValueError(f"the tensors to write have the dtypes {dtypes} instead of one")
-    if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / SINGLE_FILE)
-    else:
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards):
-            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            (folder / f"{number}.safetensors").rename(folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return dtypes.pop()
+    stream = iter(tensors)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError("there are no tensors to write")
+    dtype = first[1].dtype
+    files = [file.recast(dict.fromkeys(file.tensors, dtype)) for file in plan]
+    writer = PlanWriter(folder, files)
+    copies = {original: copy for copy, original in table.copies.items()}
+    for name, tensor in chain([first], stream):
+        writer.put(name, tensor)
+        if copies.get(name) in writer.places:
+            writer.put(copies[name], tensor)
+    if missing := writer.missing():
+        raise ValueError(f"the tensors to write are not complete, {', '.join(missing)} is missing")
+    if len(files) > 1:
+        (folder / INDEX_FILE).write_text(index_of(files))
+    return dtype

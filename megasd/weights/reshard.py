@@ -1,184 +1,371 @@
-"""From Megatron shards to full Hugging Face tensors on every rank of a model-parallel group.
+"""From Megatron shards to full Hugging Face tensors, bucket by bucket.
 
-The plan is computed once. Execution walks it in one order that is the same on every rank: for each
-bucket the owning pipeline stage gathers over tensor parallelism, then broadcasts to the other
-stages. Extra memory is one bucket and the full tensors of one parameter; while gloo gathers, it
-copies the bucket once.
+The plan is computed once from the table and the sizes of the cut. Execution walks its rounds in
+one order that is the same on every rank. A round is one bucket of parameters of one pipeline
+stage: the stage's ranks gather them over tensor parallelism (those of experts: exchange them over
+expert parallelism), merge them, and broadcast the merged bucket to the other stages. Extra memory
+is two buckets: one to gather in, one merged.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.weights.layout import layout_errors, local_shape, merge, stage_layers
-from megasd.weights.tables.table import Row, Table
+from megasd.weights.bucket import Bucket
+from megasd.weights.layout import (
+    Sizes,
+    held_entries,
+    layout_errors,
+    local_shape,
+    merge,
+    rank_experts,
+    stage_layers,
+)
+from megasd.weights.tables.table import Entry, Row, Table, entries_of
 
 DEFAULT_BUCKET_BYTES = 512 * 2**20
 
-# torch 2.13 renamed it and warns about the old name; 2.11 has the old name only.
-if hasattr(dist, "all_gather_single"):
-    all_gather_single = dist.all_gather_single
-else:
-    all_gather_single = dist.all_gather_into_tensor
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A rank's numbers within the groups that hold one copy of the model, and those groups.
+
+    A group of size 1 may be None. `expert` numbers the ranks of `expert_group`, ep x etp of them
+    with etp innermost; `stage` numbers all ranks of the pipeline stage.
+    """
+
+    tp: int = 0
+    pp: int = 0
+    expert: int = 0
+    stage: int = 0
+    tp_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
+    expert_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One Megatron parameter of the whole model and the stage that holds it."""
+class Unit:
+    """What every rank of a stage holds one part of: a dense parameter, or an expert per ep rank."""
 
     row: Row
-    layer: int | None  # within the model
+    layer: int | None
+    slot: int | None = None  # number of the expert within each rank's share
+
+    def entry(self, ep_rank: int, share: int) -> Entry:
+        expert = None if self.slot is None else ep_rank * share + self.slot
+        return Entry(self.row, self.layer, expert)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One bucket: units of one stage, all dense or all of experts."""
+
     stage: int
-    local_names: tuple[str, ...]  # its possible names on that stage
-    local_shape: tuple[int, ...]
+    units: tuple[Unit, ...]
 
     @property
-    def local_size(self) -> int:
-        return torch.Size(self.local_shape).numel()
+    def of_experts(self) -> bool:
+        return self.units[0].slot is not None
 
 
 class ReshardPlan:
-    """Order and owner of every exported parameter.
+    """The rounds for one model, cut and receivers.
 
-    `bucket_bytes` bounds the full (gathered) bytes of a bucket; a larger parameter is alone.
+    `receivers`: 1, or the number of ranks over which the receiving engines cut their experts
+    (contiguous shares, the share of rank i of a stage is number i mod receivers); a rank then
+    receives the experts of its share only. `bucket_bytes` bounds a round; no less than the
+    largest parameter, which always travels whole.
     """
 
     def __init__(
         self,
         table: Table,
-        tp_size: int,
-        pp_size: int,
+        sizes: Sizes,
+        *,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        receivers: int = 1,
     ) -> None:
-        if errors := layout_errors(table, tp_size, pp_size):
+        errors = layout_errors(table, sizes)
+        if receivers > 1 and table.num_experts % receivers:
+            errors.append(f"{receivers} receivers do not divide {table.num_experts} experts")
+        if errors:
             raise ValueError("; ".join(errors))
         self.table = table
-        self.tp_size = tp_size
-        self.pp_size = pp_size
+        self.sizes = sizes
         self.bucket_bytes = bucket_bytes
-        self.items = tuple(
-            chain(
-                (self._item(row, None, 0, 0) for row in table.first),
-                (
-                    self._item(row, layer, stage, stage_layers(table.num_layers, stage, pp_size)[0])
-                    for stage in range(pp_size)
-                    for layer in stage_layers(table.num_layers, stage, pp_size)
-                    for row in table.layers
-                ),
-                (self._item(row, None, pp_size - 1, 0) for row in table.last if row.exported),
-            )
+        self.receivers = receivers if table.num_experts else 1
+        self.expert_share = table.num_experts // sizes.ep
+        self._rounds: dict[int, list[Round]] = {}  # by bytes of an element
+
+    @cached_property
+    def _units(self) -> tuple[tuple[int, list[Unit]], ...]:
+        """(stage, units) in order; the dense ones of a stage stand before those of experts."""
+        return tuple(
+            (stage, units)
+            for stage in range(self.sizes.pp)
+            for units in (self._dense(stage), self._experts(stage))
+            if units
         )
 
-    def _item(self, row: Row, layer: int | None, stage: int, first_layer: int) -> Item:
-        local = None if layer is None else layer - first_layer
-        names = tuple(name.format(layer=local) for name in row.megatron)
-        return Item(row, layer, stage, names, local_shape(row, self.tp_size))
+    def _dense(self, stage: int) -> list[Unit]:
+        rows: list[Unit] = [Unit(row, None) for row in self.table.first if stage == 0]
+        rows += [
+            Unit(row, layer)
+            for layer in stage_layers(self.table.num_layers, stage, self.sizes.pp)
+            for row in self.table.layers
+            if not row.experts
+        ]
+        if stage == self.sizes.pp - 1:
+            rows += [Unit(row, None) for row in self.table.last if row.exported]
+        return rows
 
-    def buckets(self, element_bytes: int) -> Iterator[list[Item]]:
-        """Runs of items of one stage that fit in `bucket_bytes` together."""
-        bucket: list[Item] = []
-        room = 0
-        for item in self.items:
-            full_bytes = item.local_size * self.tp_size * element_bytes
-            if bucket and (full_bytes > room or item.stage != bucket[0].stage):
-                yield bucket
-                bucket = []
-            if not bucket:
-                room = self.bucket_bytes
-            bucket.append(item)
-            room -= full_bytes
-        yield bucket
+    def _experts(self, stage: int) -> list[Unit]:
+        rows = tuple(row for row in self.table.layers if row.experts)
+        return [
+            Unit(entry.row, layer, entry.expert)
+            for layer in stage_layers(self.table.num_layers, stage, self.sizes.pp)
+            for entry in entries_of(rows, layer)
+            if entry.expert is not None and entry.expert < self.expert_share
+        ]
 
-    def locate(self, local_parameters: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
-        """The stage's tensors by the first of their `local_names`.
+    def unit_elements(self, unit: Unit) -> int:
+        """Elements of a unit in the memory of a round: full, or what one receiver takes of it."""
+        ways = self.sizes.ways(unit.row)
+        one = math.prod(local_shape(unit.row, ways)) * ways
+        return one if unit.slot is None else one * self._most_wanted[unit.slot]
 
-        Missing, unknown and wrongly shaped ones are errors.
-        """
-        found: dict[str, Tensor] = {}
-        known = {name for row in self.table.last if not row.exported for name in row.megatron}
+    @cached_property
+    def _most_wanted(self) -> list[int]:
+        """By slot: the most experts of one unit that any receiver wants."""
+        return [
+            max(
+                sum(rank * self.expert_share + slot in wanted for rank in range(self.sizes.ep))
+                for wanted in map(self.wanted, range(self.receivers))
+            )
+            for slot in range(self.expert_share)
+        ]
+
+    def wanted(self, stage_rank: int) -> range:
+        """The experts that a rank receives, by its number within its stage."""
+        return rank_experts(self.table.num_experts, stage_rank % self.receivers, self.receivers)
+
+    def rounds(self, element_bytes: int) -> list[Round]:
+        """All rounds in order, for a wire dtype of `element_bytes`."""
+        if element_bytes not in self._rounds:
+            self._rounds[element_bytes] = self._cut(element_bytes)
+        return self._rounds[element_bytes]
+
+    def _cut(self, element_bytes: int) -> list[Round]:
+        rounds: list[Round] = []
+        for stage, units in self._units:
+            bucket: list[Unit] = []
+            room = 0
+            for unit in units:
+                needed = self.unit_elements(unit) * element_bytes
+                if bucket and needed > room:
+                    rounds.append(Round(stage, tuple(bucket)))
+                    bucket = []
+                if not bucket:
+                    room = self.bucket_bytes
+                bucket.append(unit)
+                room -= needed
+            rounds.append(Round(stage, tuple(bucket)))
+        return rounds
+
+    def locate(self, parameters: Mapping[str, Tensor], place: Place) -> dict[Entry, Tensor]:
+        """The rank's tensors by entry; missing, unknown and wrongly shaped ones are errors."""
+        ep_rank = place.expert // self.sizes.etp
+        layers = stage_layers(self.table.num_layers, place.pp, self.sizes.pp)
+        first_expert = ep_rank * self.expert_share
+        found: dict[Entry, Tensor] = {}
         errors = []
-        for item in self.items:
-            if item.stage != stage:
+        for name, parameter in parameters.items():
+            try:
+                entry = self.table.find(name, layers.start, first_expert)
+            except ValueError:
+                errors.append(f"{name} is unknown")
                 continue
-            known.update(item.local_names)
-            names = [name for name in item.local_names if name in local_parameters]
-            if len(names) != 1:
-                errors.append(f"{item.local_names[0]} is there {len(names)} times instead of once")
-                continue
-            parameter = local_parameters[names[0]]
-            found[item.local_names[0]] = parameter
-            if parameter.shape != item.local_shape:
-                shape = tuple(parameter.shape)
-                errors.append(f"{names[0]} has shape {shape} instead of {item.local_shape}")
-        errors += [f"{name} is unknown" for name in local_parameters if name not in known]
+            if entry in found:
+                errors.append(f"{name} is there twice, under two names")
+            expected = local_shape(entry.row, self.sizes.ways(entry.row))
+            if parameter.shape != expected:
+                errors.append(f"{name} has shape {tuple(parameter.shape)} instead of {expected}")
+            found[entry] = parameter
+        held = set(held_entries(self.table, self.sizes, place.pp, ep_rank))
+        errors += [
+            f"{entry.row.megatron[0].format(layer=entry.layer, expert=entry.expert)} is missing"
+            for entry in held
+            if entry not in found and entry.row.exported
+        ]
+        errors += [
+            f"{entry.hf_names()[0]} does not belong here" for entry in found if entry not in held
+        ]
         if errors:
-            raise ValueError(f"pipeline stage {stage}: " + "; ".join(errors))
+            raise ValueError(f"pipeline stage {place.pp}: " + "; ".join(errors))
         return found
 
 
-def full_tensors(
+def reshard(
     plan: ReshardPlan,
-    local_parameters: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    place: Place,
     *,
-    tp_group: dist.ProcessGroup | None,
-    pp_group: dist.ProcessGroup | None,
-    tp_rank: int,
-    pp_rank: int,
     dtype: torch.dtype | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields every (Hugging Face name, full tensor) on every rank, in the order of the model.
+) -> Iterator[Bucket]:
+    """Yields every bucket on every rank, in the order of the plan's rounds.
 
-    Collective over tp_group x pp_group, in which this rank is number tp_rank and pp_rank: all ranks
-    must walk it to the end. A group of size 1 may be None. `local_parameters` are keyed by the
-    rank's own Megatron names (layer 0 is the stage's first). The tensors have `dtype` (None: the
-    parameters' own, which must be one), lie on the parameters' device and are the caller's to keep.
+    Collective over the groups of `place`: all ranks must walk it to the end. `parameters` are
+    keyed by the rank's own Megatron names (layer 0 is the stage's first). Buckets have `dtype`
+    (None: the parameters' own, which must be one), lie on the parameters' device and are good
+    until the next one is asked for.
     Raises ValueError for a parameter that is missing, unknown or of the wrong shape.
     """
-    local = plan.locate(local_parameters, pp_rank)
-    own_dtypes = {parameter.dtype for parameter in local.values()}
+    local = plan.locate(parameters, place)
+    dtypes = {parameter.dtype for parameter in local.values()}
     if dtype is None:
-        if len(own_dtypes) > 1:
-            raise ValueError(f"parameters of several dtypes {own_dtypes}: pass the one to send")
-        (dtype,) = own_dtypes
+        if len(dtypes) > 1:
+            raise ValueError(f"parameters of several dtypes {dtypes}: pass the one to send")
+        (dtype,) = dtypes
     device = next(iter(local.values())).device
-
-    groups = (tp_group, pp_group)
-    for bucket in plan.buckets(dtype.itemsize):
-        own = None
-        if bucket[0].stage == pp_rank:
-            own = [local[item.local_names[0]] for item in bucket]
-        yield from _merged(bucket, _gathered(plan, bucket, own, groups, tp_rank, dtype, device))
-
-
-def _gathered(
-    plan: ReshardPlan,
-    bucket: list[Item],
-    own: list[Tensor] | None,
-    groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None],
-    tp_rank: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """The bucket of all ranks, [tp_size, local elements]. `own`: None on the other stages."""
-    sizes = [item.local_size for item in bucket]
-    buffer = torch.empty((plan.tp_size, sum(sizes)), dtype=dtype, device=device)
-    tp_group, pp_group = groups
-    if own is not None:
-        for parameter, part in zip(own, buffer[tp_rank].split(sizes), strict=True):
-            part.view(parameter.shape).copy_(parameter.detach())
-        if plan.tp_size > 1:  # in place: a rank's own part already lies where it belongs
-            all_gather_single(buffer.view(-1), buffer[tp_rank], group=tp_group)
-    if plan.pp_size > 1:
-        dist.broadcast(buffer, group=pp_group, group_src=bucket[0].stage)
-    return buffer
+    rounds = plan.rounds(dtype.itemsize)
+    largest = max(sum(map(plan.unit_elements, one.units)) for one in rounds)
+    merged = torch.empty(largest, dtype=dtype, device=device)
+    gathered = torch.empty(0, dtype=dtype, device=device)
+    if plan.sizes.tp > 1 or plan.sizes.ep * plan.sizes.etp > 1:
+        gathered = torch.empty(largest, dtype=dtype, device=device)
+    walk = _Walk(plan, place, local, gathered)
+    for one in rounds:
+        entries = walk.received(one)
+        shapes = {
+            name: tensor.shape
+            for entry in entries
+            for name, tensor in zip(entry.hf_names(), entry.row.hf, strict=True)
+        }
+        bucket = Bucket.over(merged, shapes)
+        if one.stage == place.pp:
+            shards = walk.exchange(one) if one.of_experts else walk.gather(one)
+            for entry in entries:
+                full = [bucket.tensors[name] for name in entry.hf_names()]
+                merge(entry.row, shards[entry], full)
+        if entries and plan.sizes.pp > 1:
+            dist.broadcast(bucket.flat, group=place.pp_group, group_src=one.stage)
+        if entries:  # there are rounds whose experts this rank does not want
+            yield bucket
 
 
-def _merged(bucket: list[Item], buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-    sizes = [item.local_size for item in bucket]
-    for item, parts in zip(bucket, buffer.split(sizes, dim=1), strict=True):
-        shards = [part.view(item.local_shape) for part in parts]
-        yield from merge(item.row, item.layer, shards).items()
+class _Walk:
+    """One rank's part of a walk through the rounds. `memory`: where shards of others arrive."""
+
+    def __init__(
+        self, plan: ReshardPlan, place: Place, local: Mapping[Entry, Tensor], memory: Tensor
+    ) -> None:
+        self.plan, self.place, self.memory = plan, place, memory
+        self.local = {entry: parameter.detach() for entry, parameter in local.items()}
+        self.ep_rank = place.expert // plan.sizes.etp
+
+    def received(self, one: Round) -> list[Entry]:
+        """What this rank has after the round, in order."""
+        if not one.of_experts:
+            return [Entry(unit.row, unit.layer) for unit in one.units]
+        return self._wanted_of(one, range(self.plan.sizes.ep), self.place.stage)
+
+    def gather(self, one: Round) -> dict[Entry, list[Tensor]]:
+        """The shards of every tensor-parallel rank, in order."""
+        entries = self.received(one)
+        return self._all_gather(entries, [entries], self.plan.sizes.tp, self.place.tp_group)
+
+    def exchange(self, one: Round) -> dict[Entry, list[Tensor]]:
+        """The shards of the experts that this rank wants, of every expert-tensor rank in order."""
+        plan, share = self.plan, self.plan.expert_share
+        held = [[u.entry(rank, share) for u in one.units] for rank in range(plan.sizes.ep)]
+        if plan.receivers == 1:
+            return self._all_gather(
+                held[self.ep_rank], held, plan.sizes.etp, self.place.expert_group
+            )
+        return self._all_to_all(one)
+
+    def _all_gather(
+        self,
+        own: Sequence[Entry],
+        held: Sequence[Sequence[Entry]],
+        ways: int,
+        group: dist.ProcessGroup | None,
+    ) -> dict[Entry, list[Tensor]]:
+        """`held[i]` lies on the ranks i * ways to (i + 1) * ways - 1 of the group, cut in ways."""
+        num_ranks = len(held) * ways
+        if num_ranks == 1:  # nothing to gather: merging reads the parameters themselves
+            return {entry: [self.local[entry]] for entry in own}
+        shapes = [_cut(entry, ways) for entry in own]
+        sizes = [math.prod(shape) for shape in shapes]
+        buffer = self.memory[: num_ranks * sum(sizes)].view(num_ranks, -1)
+        mine = buffer[dist.get_rank(group)]
+        for entry, part in zip(own, mine.split(sizes), strict=True):
+            part.view(self.local[entry].shape).copy_(self.local[entry])
+        _all_gather_in_place(buffer, mine, group)
+        shards: dict[Entry, list[Tensor]] = {}
+        for rank, row in enumerate(buffer):
+            for entry, part, shape in zip(
+                held[rank // ways], row.split(sizes), shapes, strict=True
+            ):
+                shards.setdefault(entry, []).append(part.view(shape))
+        return shards
+
+    def _all_to_all(self, one: Round) -> dict[Entry, list[Tensor]]:
+        """Each rank sends each of its experts to those that want it, and to no one else."""
+        etp, me, stage = self.plan.sizes.etp, self.place.expert, self.place.stage
+        others = [rank for rank in range(self.plan.sizes.ep * etp) if rank != me]
+        out = {rank: self._wanted_of(one, [self.ep_rank], stage - me + rank) for rank in others}
+        into = {rank: self._wanted_of(one, [rank // etp], stage) for rank in others}
+        elements = {rank: [math.prod(_cut(e, etp)) for e in into[rank]] for rank in others}
+        received = self.memory[: sum(map(sum, elements.values()))]
+        sent = [self.local[entry].flatten() for entries in out.values() for entry in entries]
+        ranks = range(len(others) + 1)  # nothing travels from a rank to itself
+        if others:
+            dist.all_to_all_single(
+                received,
+                torch.cat([received.new_empty(0), *sent]).to(received.dtype),
+                [sum(elements.get(rank, ())) for rank in ranks],
+                [sum(self.local[entry].numel() for entry in out.get(rank, ())) for rank in ranks],
+                group=self.place.expert_group,
+            )
+        parts = iter(received.split([size for sizes in elements.values() for size in sizes]))
+        shards: dict[Entry, list[Tensor]] = {}
+        for rank in ranks:  # in order, so that the shards of an expert are
+            if rank == me:
+                for entry in self._wanted_of(one, [self.ep_rank], stage):
+                    shards.setdefault(entry, []).append(self.local[entry])
+            for entry in into.get(rank, ()):
+                shards.setdefault(entry, []).append(next(parts).view(_cut(entry, etp)))
+        return shards
+
+    def _wanted_of(self, one: Round, ep_ranks: Sequence[int], stage_rank: int) -> list[Entry]:
+        wanted = self.plan.wanted(stage_rank)
+        entries = [
+            unit.entry(rank, self.plan.expert_share) for unit in one.units for rank in ep_ranks
+        ]
+        return [entry for entry in entries if entry.expert in wanted]
+
+
+def _all_gather_in_place(buffer: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Fills the rows of `buffer` [ranks, n]; `mine` is the rank's own, in its place already."""
+    if buffer.device.type == "cpu":  # gloo's all-gather would copy the whole buffer once more
+        sent = [
+            dist.broadcast(row, group=group, group_src=rank, async_op=True)
+            for rank, row in enumerate(buffer)
+        ]
+        for work in sent:
+            assert work is not None
+            work.wait()
+    elif hasattr(dist, "all_gather_single"):  # torch 2.13's name; it warns about the old one
+        dist.all_gather_single(buffer.view(-1), mine, group=group)
+    else:
+        dist.all_gather_into_tensor(buffer.view(-1), mine, group=group)
+
+
+def _cut(entry: Entry, ways: int) -> tuple[int, ...]:
+    return local_shape(entry.row, ways)

@@ -1,5 +1,7 @@
 """What ranks run for the tests of checkpoints."""
 
+import contextlib
+import io
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,13 +53,18 @@ def save_in_the_middle(folder: Path, run_folder: Path, settings: Mapping[str, An
     return _everything(policy, _learn(policy, prompts, range(3, 6)))
 
 
-def resume(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> Any:
+def resume(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What came after, and the notes that restoring printed."""
     torch.manual_seed(12345)  # the saved state must win
     policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
-    checkpoints.restore()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        checkpoints.restore()
     assert checkpoints.next_step == 3
     assert checkpoints.memory["seen"].tolist() == [0, 1, 2], "what the algorithm remembers"
-    return _everything(policy, _learn(policy, prompts, range(3, 6)))
+    notes = [line for line in said.getvalue().splitlines() if line.startswith("megasd: note: ")]
+    return _everything(policy, _learn(policy, prompts, range(3, 6))), notes
 
 
 def resume_what_is_not_this_run(folder: Path, run_folder: Path) -> str:

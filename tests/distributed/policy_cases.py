@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from megasd.algorithms.base import Algorithm, Needs
@@ -77,7 +78,7 @@ def batch_and_credit(
 
 
 def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """A policy on this rank; `settings` may set tensor, pipeline, sequence, and sections' keys."""
+    """A policy on this rank; `settings` may set what `parallel` has, and other sections' keys."""
     from megasd.policy import backend
     from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 
@@ -95,6 +96,8 @@ def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
             tensor=settings.get("tensor", 1),
             pipeline=settings.get("pipeline", 1),
             sequence=settings.get("sequence", False),
+            expert=settings.get("expert", 1),
+            expert_tensor=settings.get("expert_tensor"),
         ),
         optimizer=OptimizerConfig(
             lr=LEARNING_RATE,
@@ -115,7 +118,10 @@ def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
 
 
 def weights_of(policy: Any) -> dict[str, np.ndarray]:
-    return {name: tensor.float().numpy().copy() for name, tensor in policy.full_tensors()}
+    from megasd.weights.bucket import named_tensors
+
+    buckets = policy.weight_buckets(whole=True)
+    return {name: tensor.float().numpy().copy() for name, tensor in named_tensors(buckets)}
 
 
 def score_and_learn(folder: Path, settings: Mapping[str, Any], seed: int, vocab: int) -> dict:
@@ -136,6 +142,50 @@ def score_and_learn(folder: Path, settings: Mapping[str, Any], seed: int, vocab:
         "first_logprobs": updates[0].logprobs.numpy(),
         "first_read": updates[0].read.numpy(),
         "weights": weights_of(policy),
+        "num_parameters": sum(p.numel() for p in policy.parameters.values()),
+    }
+
+
+def refusal(folder: Path, settings: Mapping[str, Any]) -> str:
+    with pytest.raises(ValueError, match=r"parallel\.") as failure:
+        make_policy(folder, settings)
+    return str(failure.value)
+
+
+def frequencies(hf_config: Mapping[str, Any]) -> np.ndarray:
+    """RoPE's inverse frequencies as Megatron computes them."""
+    from megasd.policy import backend
+
+    backend.start("cpu")
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from megasd.policy.rope import rope_arguments
+
+    rope = RotaryEmbedding(
+        hf_config["head_dim"], 1.0, use_cpu_initialization=True, **rope_arguments(hf_config)
+    )
+    return rope.inv_freq.numpy()
+
+
+def faults_with_experts() -> dict[str, bool]:
+    """Whether each fault of Megatron's experts that policy/megatron_fixes.py mends is there."""
+    import importlib.util
+
+    from megasd.policy import backend
+
+    backend.start("cpu")
+    from megatron.core.transformer.moe import moe_utils
+
+    # A second copy of the module: the first may have been mended by an earlier case.
+    spec = importlib.util.find_spec(moe_utils.__name__)
+    assert spec is not None
+    assert spec.loader is not None
+    bare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bare)
+    splits = bare.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True)
+    return {
+        "te_general_gemm is no name": not hasattr(bare, "te_general_gemm"),
+        "split sizes stay a tensor": isinstance(splits, torch.Tensor),
     }
 
 

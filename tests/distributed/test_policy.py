@@ -1,15 +1,24 @@
 """The policy equals Hugging Face, in every layout: what is scored, what is learned."""
 
+import dataclasses
+import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megasd.plan import stage_parameters
+from megasd.policy.config import ParallelConfig
 from megasd.testing.ranks import RankError, Ranks
-from megasd.testing.tiny import tiny_qwen3
+from megasd.testing.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
+from megasd.weights.hf_folder import read_hf_config
 from tests.distributed import policy_cases as cases
 
 LAYOUTS = {
@@ -25,21 +34,48 @@ LAYOUTS = {
     "TP2 SP PP2": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "TP2 DP2": (4, {"tensor": 2}),
     "PP2 DP2": (4, {"pipeline": 2}),
+    "EP2": (2, {"expert": 2}),
+    "TP2 SP, whole experts": (2, {"tensor": 2, "sequence": True, "expert_tensor": 1}),
+    "TP2 SP EP2": (4, {"tensor": 2, "sequence": True, "expert": 2}),
+    "PP2 EP2": (4, {"pipeline": 2, "expert": 2}),
 }
+DENSE = [name for name in LAYOUTS if "EP2" not in name and "experts" not in name]
+CASES = {
+    "qwen3 tied": DENSE,
+    "qwen3 untied": DENSE,
+    "qwen3_moe": [
+        *("1 rank", "1 rank, recompute", "EP2", "TP2 SP", "TP2 SP, whole experts"),
+        *("TP2 SP EP2", "PP2 EP2"),
+    ],
+    "qwen3_moe, probabilities as they are": ["EP2"],
+    "llama": ["1 rank", "TP2 PP2"],
+}
+CUTS = {field.name for field in dataclasses.fields(ParallelConfig)}
 SEED = 5
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """An odd vocabulary, so that TP pads it; norms that matter; RoPE with a base of its own."""
-    return tiny_qwen3(
-        tmp_path_factory.mktemp("model"),
-        tie=request.param == "tied",
-        vocab=121,
-        norm_spread=0.2,
-        init_scale=0.15,
-        rope_theta=50_000.0,
-    )
+    root = tmp_path_factory.mktemp("models")
+    same: Any = {"vocab": 121, "norm_spread": 0.2, "init_scale": 0.15}
+    plain = same | {"rope_theta": 50_000.0}
+    as_they_are = root / "as_they_are"
+    return {
+        "qwen3 tied": tiny_qwen3(root / "tied", tie=True, **plain),
+        "qwen3 untied": tiny_qwen3(root / "untied", tie=False, **plain),
+        "qwen3_moe": tiny_qwen3_moe(root / "moe", **plain),
+        "qwen3_moe, probabilities as they are": tiny_qwen3_moe(
+            as_they_are, norm_topk_prob=False, **plain
+        ),
+        # A base at which some of the 8 frequencies are scaled, some interpolated, some left.
+        "llama": tiny_llama(root / "llama", hidden=64, rope_theta=5_000.0, **same),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(folders: Mapping[str, Path]) -> Path:
+    return folders["qwen3 untied"]
 
 
 @cache
@@ -73,16 +109,27 @@ def reference(folder: Path) -> dict:
         optimizer.step()
     with torch.no_grad():
         after = [x.numpy() for x in read()]
-    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    with tempfile.TemporaryDirectory() as learnt:  # saved: in memory its experts are one tensor
+        model.save_pretrained(learnt)
+        saved = load_file(Path(learnt) / "model.safetensors")
+    weights = {name: weight.numpy() for name, weight in saved.items()}
     return {"before": before, "after": after, "loss": losses, "norm": norms, "weights": weights}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("model", "layout"), [(model, layout) for model, layouts in CASES.items() for layout in layouts]
+)
 def test_every_layout_scores_and_learns_as_hugging_face_does(
-    layout: str, folder: Path, ranks: Ranks
+    model: str, layout: str, folders: Mapping[str, Path], ranks: Ranks
 ) -> None:
     world_size, settings = LAYOUTS[layout]
+    folder = folders[model]
     expected = reference(folder)
+    parallel = ParallelConfig(**{name: settings[name] for name in settings.keys() & CUTS})
+    planned = [
+        stage_parameters(parallel, read_hf_config(folder), rank * parallel.pipeline // world_size)
+        for rank in range(world_size)
+    ]
     results = ranks.run(cases.score_and_learn, folder, settings, SEED, 121, world_size=world_size)
     for rank, result in enumerate(results):
         where = f"{layout}, rank {rank}"
@@ -96,11 +143,45 @@ def test_every_layout_scores_and_learns_as_hugging_face_does(
         np.testing.assert_allclose(norms, expected["norm"], rtol=1e-4, err_msg=where)
         for ours, theirs in zip(result["after"], expected["after"], strict=False):
             np.testing.assert_allclose(ours, theirs, atol=5e-4, rtol=0, err_msg=where)
+        assert result["num_parameters"] == planned[rank]
         assert result["weights"].keys() == expected["weights"].keys()
         for name, weight in result["weights"].items():
             np.testing.assert_allclose(
                 weight, expected["weights"][name], atol=2e-4, rtol=0, err_msg=f"{where} {name}"
             )
+
+
+def test_llama_3s_frequencies_are_those_of_transformers(ranks: Ranks) -> None:
+    """At the true sizes of Llama 3.1 8B and 3.2 1B."""
+    for head_dim, factor in ((128, 8.0), (64, 32.0)):
+        scaling = {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        config = AutoConfig.for_model("llama", head_dim=head_dim, rope_parameters=scaling)
+        (found,) = ranks.run(cases.frequencies, config.to_dict(), world_size=1)
+        theirs, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        assert attention_factor == 1
+        np.testing.assert_allclose(found, theirs.numpy(), rtol=1e-6)
+
+
+def test_megatrons_faults_with_experts_on_a_cpu_are_still_there(ranks: Ranks) -> None:
+    """Goes red when Megatron mends one: then its function in policy/megatron_fixes.py goes."""
+    (found,) = ranks.run(cases.faults_with_experts, world_size=1)
+    assert all(found.values()), found
+
+
+def test_ranks_of_an_expert_that_would_gather_unevenly_are_refused_on_a_cpu(
+    folders: Mapping[str, Path], ranks: Ranks
+) -> None:
+    uneven = {"expert_tensor": 2, "expert": 2}
+    for said in ranks.run(cases.refusal, folders["qwen3_moe"], uneven, world_size=4):
+        assert "parallel.expert_tensor: " in said
+        assert "gloo on a CPU cannot; set it to 1" in said
 
 
 def test_the_learning_rate_warms_up_from_one_kth_and_decays_to_its_floor(

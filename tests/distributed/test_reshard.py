@@ -1,4 +1,4 @@
-"""Whatever the cut of the model, every rank sees every full tensor, byte for byte."""
+"""Whatever the cut of the model, every rank receives its tensors, byte for byte."""
 
 from itertools import accumulate
 from typing import Any
@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megasd.testing.ranks import Ranks
-from megasd.weights.layout import fill, local_shape, stage_layers
-from megasd.weights.reshard import ReshardPlan, full_tensors
+from megasd.weights.bucket import named_tensors
+from megasd.weights.layout import Sizes, fill, held_entries, local_shape, stage_layers
+from megasd.weights.reshard import Place, ReshardPlan, reshard
 from megasd.weights.tables import table_for
 
 ALONE, TOGETHER = 1, 2**30  # bucket_bytes
 
 
-def hf_config(tied: bool) -> dict[str, Any]:
+def hf_config(tied: bool = False, experts: int = 0) -> dict[str, Any]:
     return {
-        "model_type": "qwen3",
+        "model_type": "qwen3_moe" if experts else "qwen3",
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_attention_heads": 8,
@@ -29,6 +30,8 @@ def hf_config(tied: bool) -> dict[str, Any]:
         "vocab_size": 97,  # no number of ranks divides it: padding rows are there and go
         "tie_word_embeddings": tied,
         "attention_bias": False,
+        "num_experts": experts,
+        "moe_intermediate_size": 12,
     }
 
 
@@ -38,100 +41,149 @@ def hf_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def shards(
-    config: dict[str, Any], tp_rank: int, tp_size: int, pp_rank: int, pp_size: int, spec: int
-) -> dict[str, Tensor]:
+def shards(plan: ReshardPlan, config: dict[str, Any], place: Place, spec: int) -> dict[str, Tensor]:
     """What Megatron holds on a rank; `spec` 0: local layer spec, -1: Transformer Engine's."""
-    table, full = table_for(config), hf_tensors(config)
-    mine = stage_layers(table.num_layers, pp_rank, pp_size)
-    held = [(row, None) for row in table.first if pp_rank == 0]
-    held += [(row, layer) for layer in mine for row in table.layers]
-    tied_on_one_stage = config["tie_word_embeddings"] and pp_size == 1
-    if pp_rank == pp_size - 1:
-        held += [(row, None) for row in table.last if row.exported or not tied_on_one_stage]
+    full, sizes = hf_tensors(config), plan.sizes
+    ep_rank, etp_rank = divmod(place.expert, sizes.etp)
+    first_layer = stage_layers(plan.table.num_layers, place.pp, sizes.pp)[0]
     local = {}
-    for row, layer in held:
-        name = row.megatron[spec].format(layer=None if layer is None else layer - mine[0])
-        local[name] = torch.full(local_shape(row, tp_size), 1e9)  # seen where padding is kept
-        sources = [full[tensor.at(layer)] for tensor in row.hf]
-        fill(local[name], row, sources, tp_rank, tp_size)
+    for entry in held_entries(plan.table, sizes, place.pp, ep_rank):
+        row, ways = entry.row, sizes.ways(entry.row)
+        name = row.megatron[spec].format(
+            layer=None if entry.layer is None else entry.layer - first_layer,
+            expert=None if entry.expert is None else entry.expert - ep_rank * plan.expert_share,
+        )
+        local[name] = torch.full(local_shape(row, ways), 1e9)  # seen where padding is kept
+        sources = [full[tensor] for tensor in entry.hf_names()]
+        fill(local[name], row, sources, etp_rank if row.experts else place.tp, ways)
     return local
 
 
-def reshard(tp_size: int, pp_size: int, tied: bool, bucket_bytes: int, dtype: Any) -> list[str]:
-    """Runs on every rank; returns the names in the order in which they came."""
-    config, rank = hf_config(tied), dist.get_rank()
-    pp_rank, tp_rank = divmod(rank, tp_size)
-    tp_groups: list[Any] = [
-        dist.new_group([s * tp_size + r for r in range(tp_size)]) for s in range(pp_size)
-    ]
-    pp_groups: list[Any] = [
-        dist.new_group([s * tp_size + r for s in range(pp_size)]) for r in range(tp_size)
-    ]
-    plan = ReshardPlan(table_for(config), tp_size, pp_size, bucket_bytes)
-    local = shards(config, tp_rank, tp_size, pp_rank, pp_size, spec=-(rank % 2))
-    stream = full_tensors(
-        plan,
-        local,
-        tp_group=tp_groups[pp_rank] if tp_size > 1 else None,
-        pp_group=pp_groups[tp_rank] if pp_size > 1 else None,
-        tp_rank=tp_rank,
-        pp_rank=pp_rank,
-        dtype=dtype,
+def place_of(rank: int, world_size: int, sizes: Sizes) -> Place:
+    """Megatron's order: tp and (etp, ep) run innermost within a stage, stages outermost."""
+    stage_size, experts = world_size // sizes.pp, sizes.ep * sizes.etp
+    pp_rank, stage_rank = divmod(rank, stage_size)
+
+    def group_of(members: list[list[int]]) -> Any:
+        groups = [dist.new_group(ranks) for ranks in members]  # all ranks make all, in one order
+        return next(g for g, ranks in zip(groups, members, strict=True) if rank in ranks)
+
+    def cut(size: int) -> list[list[int]]:
+        return [list(range(start, start + size)) for start in range(0, world_size, size)]
+
+    return Place(
+        tp=stage_rank % sizes.tp,
+        pp=pp_rank,
+        expert=stage_rank % experts,
+        stage=stage_rank,
+        tp_group=group_of(cut(sizes.tp)) if sizes.tp > 1 else None,
+        expert_group=group_of(cut(experts)) if experts > 1 else None,
+        pp_group=group_of(
+            [[s * stage_size + r for s in range(sizes.pp)] for r in range(stage_size)]
+        )
+        if sizes.pp > 1
+        else None,
     )
-    received = dict(stream)
-    expected = hf_tensors(config)
-    for name, tensor in received.items():
-        assert torch.equal(tensor, expected[name].to(dtype or torch.float32)), (rank, name)
-        assert tensor.dtype == (dtype or torch.float32)
-    return list(received)
+
+
+def receive(
+    config: dict[str, Any], sizes: Sizes, bucket_bytes: int, dtype: Any, receivers: int
+) -> tuple[list[str], list[int]]:
+    """Runs on every rank; returns the names in the order in which they came, and the experts."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    plan = ReshardPlan(table_for(config), sizes, bucket_bytes=bucket_bytes, receivers=receivers)
+    place = place_of(rank, world_size, sizes)
+    local = shards(plan, config, place, spec=-(rank % 2))
+    expected, names = hf_tensors(config), []
+    for bucket in reshard(plan, local, place, dtype=dtype):
+        flat = torch.cat([tensor.flatten() for tensor in bucket.tensors.values()])
+        assert torch.equal(flat, bucket.flat)
+        for name, tensor in bucket.tensors.items():
+            assert torch.equal(tensor, expected[name].to(dtype or torch.float32)), (rank, name)
+            assert tensor.dtype == (dtype or torch.float32)
+            names.append(name)
+    return names, list(plan.wanted(place.stage))
 
 
 @pytest.mark.parametrize("bucket_bytes", [ALONE, 3000, TOGETHER])
 @pytest.mark.parametrize(
-    ("tp_size", "pp_size", "tied", "dtype"),
+    ("sizes", "tied", "dtype"),
     [
-        (2, 1, True, None),
-        (1, 2, True, torch.bfloat16),
-        (4, 1, False, torch.bfloat16),
-        (2, 2, True, None),
-        (2, 2, False, None),
-        (1, 4, False, None),
+        (Sizes(tp=2), True, None),
+        (Sizes(pp=2), True, torch.bfloat16),
+        (Sizes(tp=4), False, torch.bfloat16),
+        (Sizes(tp=2, pp=2), True, None),
+        (Sizes(tp=2, pp=2), False, None),
+        (Sizes(pp=4), False, None),
     ],
 )
-def test_every_rank_gets_every_tensor_in_the_models_order(
-    ranks: Ranks,
-    tp_size: int,
-    pp_size: int,
-    tied: bool,
-    dtype: torch.dtype | None,
-    bucket_bytes: int,
+def test_every_rank_gets_every_tensor_of_a_dense_model_in_its_order(
+    ranks: Ranks, sizes: Sizes, tied: bool, dtype: torch.dtype | None, bucket_bytes: int
 ) -> None:
-    results = ranks.run(
-        reshard, tp_size, pp_size, tied, bucket_bytes, dtype, world_size=tp_size * pp_size
-    )
-    expected = list(hf_tensors(hf_config(tied)))
-    assert results == [expected] * (tp_size * pp_size)
+    config, world_size = hf_config(tied), sizes.tp * sizes.pp
+    results = ranks.run(receive, config, sizes, bucket_bytes, dtype, 1, world_size=world_size)
+    assert results == [(list(hf_tensors(config)), [])] * world_size
 
 
-def one_rank(local: dict[str, Tensor], tied: bool = True) -> dict[str, Tensor]:
-    plan = ReshardPlan(table_for(hf_config(tied)), 1, 1)
-    return dict(full_tensors(plan, local, tp_group=None, pp_group=None, tp_rank=0, pp_rank=0))
+EXPERT_LAYOUTS = {
+    "EP2": (2, Sizes(ep=2)),
+    "EP4": (4, Sizes(ep=4)),
+    "ETP2": (2, Sizes(tp=2, etp=2)),
+    "TP2 EP2": (4, Sizes(tp=2, ep=2)),
+    "PP2 EP2": (4, Sizes(pp=2, ep=2)),
+    "TP2 EP2 ETP2": (4, Sizes(tp=2, ep=2, etp=2)),
+    "TP4 EP1": (4, Sizes(tp=4)),
+}
 
 
-def test_one_rank_needs_no_process_group_and_hands_out_memory_of_its_own() -> None:
-    local = shards(hf_config(True), 0, 1, 0, 1, spec=0)
-    received = one_rank(local)
-    for parameter in local.values():
-        parameter.zero_()
-    expected = hf_tensors(hf_config(True))
+@pytest.mark.parametrize("receivers", [1, 2, 4])
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_every_rank_gets_the_experts_of_its_receiver_and_all_that_is_not_an_expert(
+    ranks: Ranks, layout: str, receivers: int
+) -> None:
+    """Receivers that cut their experts finer or coarser than the trainer, or not at all."""
+    world_size, sizes = EXPERT_LAYOUTS[layout]
+    if receivers > world_size // sizes.pp:
+        receivers = world_size // sizes.pp
+    config = hf_config(experts=8)
+    for bucket_bytes in (ALONE, 9000, TOGETHER):
+        results = ranks.run(
+            receive, config, sizes, bucket_bytes, torch.bfloat16, receivers, world_size=world_size
+        )
+        for rank, (names, wanted) in enumerate(results):
+            share = rank % (world_size // sizes.pp) % receivers
+            assert wanted == list(range(8))[share * 8 // receivers : (share + 1) * 8 // receivers]
+            entries = table_for(config).entries()
+            expected = [
+                name
+                for entry in entries
+                if entry.expert is None or entry.expert in wanted
+                for name in entry.hf_names()
+            ]
+            assert sorted(names) == sorted(expected)
+
+
+def one_rank(config: dict[str, Any], local: dict[str, Tensor]) -> dict[str, Tensor]:
+    plan = ReshardPlan(table_for(config), Sizes())
+    return {n: t.clone() for n, t in named_tensors(reshard(plan, local, Place()))}
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_one_rank_needs_no_process_group_and_hands_out_memory_of_its_own(experts: int) -> None:
+    config = hf_config(True, experts)
+    plan = ReshardPlan(table_for(config), Sizes())
+    local = shards(plan, config, Place(), spec=0)
+    for bucket in reshard(plan, local, Place()):
+        bucket.flat.zero_()
+    received = one_rank(config, local)
+    expected = hf_tensors(config)
     assert all(torch.equal(received[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"decoder.final_layernorm.weight": None}, "decoder.final_layernorm.weight is there 0"),
+        ({"decoder.final_layernorm.weight": None}, "decoder.final_layernorm.weight is missing"),
         ({"decoder.layers.9.bias": torch.zeros(1)}, "decoder.layers.9.bias is unknown"),
         (
             {"decoder.final_layernorm.weight": torch.zeros(3)},
@@ -142,33 +194,58 @@ def test_one_rank_needs_no_process_group_and_hands_out_memory_of_its_own() -> No
 def test_a_rank_that_holds_other_parameters_than_the_plan_is_an_error(
     change: dict[str, Tensor | None], message: str
 ) -> None:
-    local = shards(hf_config(True), 0, 1, 0, 1, spec=0) | change
+    config = hf_config(True)
+    local = shards(ReshardPlan(table_for(config), Sizes()), config, Place(), spec=0) | change
     with pytest.raises(ValueError, match=message):
-        one_rank({name: tensor for name, tensor in local.items() if tensor is not None})
+        one_rank(config, {name: tensor for name, tensor in local.items() if tensor is not None})
 
 
-def test_buckets_stay_within_their_size_and_within_a_stage() -> None:
-    plan = ReshardPlan(table_for(hf_config(False)), tp_size=2, pp_size=2, bucket_bytes=8000)
-    buckets = list(plan.buckets(element_bytes=4))
-    assert [item for bucket in buckets for item in bucket] == list(plan.items)
-    for bucket in buckets:
-        assert len({item.stage for item in bucket}) == 1
-        assert len(bucket) == 1 or sum(2 * 4 * item.local_size for item in bucket) <= 8000
+def test_rounds_hold_each_parameter_once_and_stay_within_their_size_and_a_stage() -> None:
+    table = table_for(hf_config(experts=8))
+    plan = ReshardPlan(table, Sizes(tp=2, pp=2, ep=2), bucket_bytes=12_000)
+    rounds = plan.rounds(element_bytes=4)
+    entries = [
+        unit.entry(ep_rank, plan.expert_share)
+        for one in rounds
+        for unit in one.units
+        for ep_rank in range(2 if one.of_experts else 1)
+    ]
+    assert set(entries) == set(table.entries())
+    assert len(entries) == len(list(table.entries()))
+    for one in rounds:
+        assert len({unit.slot is None for unit in one.units}) == 1
+        size = 4 * sum(map(plan.unit_elements, one.units))
+        assert len(one.units) == 1 or size <= 12_000
 
 
 def test_a_layout_that_does_not_fit_the_model_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(ValueError, match=r"parallel\.tensor: 8 .*parallel\.pipeline: 3 stages"):
-        ReshardPlan(table_for(hf_config(True)), tp_size=8, pp_size=3)
+        ReshardPlan(table_for(hf_config()), Sizes(tp=8, pp=3))
+    with pytest.raises(ValueError, match=r"parallel\.expert: 3 does not divide the 8 experts"):
+        ReshardPlan(table_for(hf_config(experts=8)), Sizes(ep=3))
+    with pytest.raises(ValueError, match="5 receivers do not divide 8 experts"):
+        ReshardPlan(table_for(hf_config(experts=8)), Sizes(), receivers=5)
 
 
-@pytest.mark.parametrize("bucket_bytes", [8000, 16000])
-def test_a_walk_holds_at_most_two_buckets(bucket_bytes: int) -> None:
-    plan = ReshardPlan(table_for(hf_config(False)), 1, 1, bucket_bytes)
-    local = shards(hf_config(False), 0, 1, 0, 1, spec=0)
+def peak_bytes(config: dict[str, Any], sizes: Sizes, bucket_bytes: int, receivers: int) -> int:
+    """The most that a walk holds at a time on this rank, by torch's own account."""
+    plan = ReshardPlan(table_for(config), sizes, bucket_bytes=bucket_bytes, receivers=receivers)
+    place = place_of(dist.get_rank(), dist.get_world_size(), sizes) if sizes != Sizes() else Place()
+    local = shards(plan, config, place, spec=0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        for _ in full_tensors(plan, local, tp_group=None, pp_group=None, tp_rank=0, pp_rank=0):
+        for _ in reshard(plan, local, place):
             pass
     profiler: Any = record.profiler
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     in_order = sorted(events, key=lambda event: event.start_ns())
-    assert bucket_bytes <= max(accumulate(e.nbytes() for e in in_order)) <= 2 * bucket_bytes
+    return max(accumulate(e.nbytes() for e in in_order))
+
+
+@pytest.mark.parametrize("bucket_bytes", [8000, 32_000])
+def test_a_walk_holds_at_most_two_buckets(ranks: Ranks, bucket_bytes: int) -> None:
+    assert bucket_bytes / 2 <= peak_bytes(hf_config(), Sizes(), bucket_bytes, 1) <= bucket_bytes
+    cases = [(hf_config(), Sizes(tp=2), 1)]
+    cases += [(hf_config(experts=8), Sizes(ep=2), receivers) for receivers in (1, 2)]
+    for config, sizes, receivers in cases:
+        peaks = ranks.run(peak_bytes, config, sizes, bucket_bytes, receivers, world_size=2)
+        assert all(bucket_bytes <= peak <= 2 * bucket_bytes for peak in peaks), (sizes, peaks)

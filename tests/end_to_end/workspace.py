@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megasd.metrics.records import METRICS_FILE, read_rows
 from megasd.testing.tiny import tiny_qwen3
@@ -26,8 +27,8 @@ evaluation: {{files: [{folder}/held_out.jsonl], every: 4, samples: 2}}
 VERIFIER = "tests.end_to_end.verifiers:share_of_digits"
 
 
-def make(folder: Path) -> Path:
-    tiny_qwen3(folder / "model", norm_spread=0.1)
+def make(folder: Path, **sizes: Any) -> Path:
+    tiny_qwen3(folder / "model", norm_spread=0.1, **sizes)
     for name, count in (("train.jsonl", 11), ("held_out.jsonl", 5)):
         rows = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(count)]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

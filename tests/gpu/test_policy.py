@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megasd.testing.tiny import tiny_qwen3
+from megasd.testing.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 from tests.distributed import policy_cases as cases
 
 pytestmark = [
@@ -16,20 +17,33 @@ pytestmark = [
 ]
 
 
+SIZES: dict[str, Any] = {
+    "vocab": 128,
+    "hidden": 256,
+    "heads": 4,
+    "kv_heads": 2,
+    "intermediate": 512,
+    "norm_spread": 0.2,
+    "tie": False,
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Heads of 64, as the fused attention kernels want them."""
-    return tiny_qwen3(
-        tmp_path_factory.mktemp("model"),
-        vocab=128,
-        hidden=256,
-        heads=4,
-        kv_heads=2,
-        head_dim=64,
-        intermediate=512,
-        norm_spread=0.2,
-        tie=False,
-    )
+    return tiny_qwen3(tmp_path_factory.mktemp("model"), head_dim=64, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grouped GEMM under Transformer Engine, expert by expert without it."""
+    path = tmp_path_factory.mktemp("experts")
+    return tiny_qwen3_moe(path, head_dim=64, experts=8, moe_intermediate=128, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"), **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +55,18 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(folder: Path) -> None:
+@pytest.mark.parametrize("model", ["folder", "experts", "llama"])
+def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(
+    model: str, request: pytest.FixtureRequest
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    from megasd.testing.ranks import forget_model_parallel
+
+    forget_model_parallel()  # the policy of the test before
+    folder = request.getfixturevalue(model)
     policy = cases.make_policy(folder, {"dtype": "bfloat16", "device": "cuda", "max_tokens": 200})
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     views = cases.random_views(5, count=11, vocab=120)
     offsets = cases.offsets_of(views)
     scores = policy.score(views, offsets)
@@ -53,10 +74,12 @@ def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(folder: Path) 
     with torch.no_grad():
         for view in views:
             ids = torch.from_numpy(np.concatenate([view.prompt_ids, view.response_ids]))
-            table = model(ids[None]).logits[0].log_softmax(-1)[len(view.prompt_ids) - 1 : -1]
+            table = theirs(ids[None]).logits[0].log_softmax(-1)[len(view.prompt_ids) - 1 : -1]
             expected.append(table.gather(1, torch.from_numpy(view.response_ids)[:, None])[:, 0])
     difference = (scores.logprobs.cpu() - torch.cat(expected)).abs()
-    assert difference.mean() < 0.02, "bfloat16 against float32"
+    # Where two experts are nearly as probable, bfloat16 may choose another than float32.
+    assert difference.median() < 0.02, "bfloat16 against float32"
+    assert difference.mean() < (0.05 if model == "experts" else 0.02)
 
     batch, credit = cases.batch_and_credit(views, seed=1, device="cuda")
     losses = [
@@ -65,6 +88,27 @@ def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(folder: Path) 
     ]
     assert losses[-1].metrics["loss"] < losses[0].metrics["loss"]
     assert not any(done.skipped for done in losses)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_experts_are_one_grouped_gemm_and_load_and_leave_as_they_came(experts: Path) -> None:
+    from safetensors.torch import load_file
+
+    from megasd.policy import backend
+    from megasd.testing.ranks import forget_model_parallel
+    from megasd.weights.bucket import named_tensors
+
+    forget_model_parallel()
+    policy = cases.make_policy(experts, {"dtype": "bfloat16", "device": "cuda"})
+    grouped = "decoder.layers.1.mlp.experts.linear_fc2.weight7" in policy.parameters
+    assert grouped == backend.start("cuda").transformer_engine
+    expected = load_file(experts / "model.safetensors")
+    found = {
+        name: tensor.cpu() for name, tensor in named_tensors(policy.weight_buckets(whole=True))
+    }
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name].bfloat16()), name
 
 
 @pytest.mark.usefixtures("one_rank")

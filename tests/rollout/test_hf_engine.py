@@ -5,7 +5,7 @@ import copy
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megasd.rollout.build import build_engine
-from megasd.rollout.config import RolloutConfig
-from megasd.rollout.engine import Request, RolloutEngine
-from megasd.rollout.hf import draw
-from megasd.testing.tiny import tiny_qwen3
+from megasd.rollout.engine import Request, response_text
+from megasd.rollout.hf import HFEngine, draw
+from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
 from megasd.types import Prompt, Rollout
+from megasd.weights.bucket import Bucket
 
 CPU = torch.device("cpu")
 
@@ -41,19 +41,27 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in model_of(folder).named_parameters()}
 
 
-def engine_of(folder: Path, batch_size: int = 64, **options: Any) -> RolloutEngine:
-    arguments: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "solutions": False}
-    return build_engine(
-        RolloutConfig(batch_size=batch_size),
-        folder=folder,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        **arguments | options,
-    )
+def in_buckets(weights: Mapping[str, Tensor], size: int = 3) -> Iterator[Bucket]:
+    """Weights as the policy hands them out: in memory that is written again for each bucket."""
+    names = list(weights)
+    memory = torch.empty(sum(weight.numel() for weight in weights.values()))
+    for start in range(0, len(names), size):
+        some = {name: weights[name] for name in names[start : start + size]}
+        bucket = Bucket.over(memory, {name: tuple(w.shape) for name, w in some.items()})
+        for name, weight in some.items():
+            bucket.tensors[name].copy_(weight)
+        yield bucket
+        memory.fill_(math.nan)
 
 
-def loaded_engine(folder: Path, **options: Any) -> RolloutEngine:
+def engine_of(folder: Path, batch_size: int = 64, dtype: torch.dtype = torch.float32) -> HFEngine:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return HFEngine(folder, tokenizer, dtype=dtype, device=CPU, batch_size=batch_size)
+
+
+def loaded_engine(folder: Path, **options: Any) -> HFEngine:
     engine = engine_of(folder, **options)
-    engine.load_weights(weights_of(folder).items(), version=7)
+    engine.load_weights(in_buckets(weights_of(folder)), version=7)
     return engine
 
 
@@ -213,7 +221,7 @@ def preferring(folder: Path, token: int) -> dict[str, Tensor]:
 
 def test_a_response_ends_with_the_end_of_sequence_token_and_its_text_without(folder: Path) -> None:
     engine, tokenizer = engine_of(folder), AutoTokenizer.from_pretrained(folder)
-    engine.load_weights(preferring(folder, tokenizer.eos_token_id).items(), version=1)
+    engine.load_weights(in_buckets(preferring(folder, tokenizer.eos_token_id)), version=1)
     first, *_, last = engine.generate(requests_for(prompts(6, 4)))
     assert first.token_ids.tolist() == [tokenizer.eos_token_id]
     assert (first.finish_reason, first.text) == ("stop", "")
@@ -226,11 +234,11 @@ def test_the_folders_own_stop_tokens_end_a_response_too(folder: Path, tmp_path: 
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
     engine = engine_of(tmp_path)
-    engine.load_weights(preferring(folder, 42).items(), version=1)
+    engine.load_weights(in_buckets(preferring(folder, 42)), version=1)
     (rollout,) = engine.generate(requests_for(prompts(6), samples=1))
     assert (rollout.token_ids.tolist(), rollout.finish_reason) == ([42], "stop")
     # Nothing else of that file changes what is sampled.
-    engine.load_weights(weights_of(folder).items(), version=2)
+    engine.load_weights(in_buckets(weights_of(folder)), version=2)
     requests = requests_for(prompts(6, 8))
     for ours, plain in zip(
         engine.generate(requests), loaded_engine(folder).generate(requests), strict=True
@@ -256,11 +264,11 @@ def test_new_weights_change_the_responses_and_their_version(folder: Path) -> Non
     before = engine.generate(requests)
     weights = weights_of(folder)
     changed = {name: weight.flip(0) for name, weight in weights.items()}
-    engine.load_weights(changed.items(), version=8)
+    engine.load_weights(in_buckets(changed), version=8)
     after = engine.generate(requests)
     assert [r.token_ids.tolist() for r in after] != [r.token_ids.tolist() for r in before]
     assert {rollout.policy_version for rollout in after} == {8}
-    engine.load_weights(weights.items(), version=9)
+    engine.load_weights(in_buckets(weights), version=9)
     for a, b in zip(before, engine.generate(requests), strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
 
@@ -282,8 +290,8 @@ def test_an_engine_with_incomplete_weights_does_not_answer(
     engine, requests = engine_of(folder), requests_for(prompts(3))
     with pytest.raises(RuntimeError, match="no complete weights"):
         engine.generate(requests)
-    engine.load_weights(weights_of(folder).items(), version=1)
-    stream = iter(change(weights_of(folder)).items())
+    engine.load_weights(in_buckets(weights_of(folder)), version=1)
+    stream = in_buckets(change(weights_of(folder)))
     with pytest.raises(RuntimeError, match=message):
         engine.load_weights(stream, version=2)
     assert list(stream) == []  # walked to the end: the other ranks gather it
@@ -294,23 +302,72 @@ def test_an_engine_with_incomplete_weights_does_not_answer(
 def test_weights_that_became_nan_are_noticed(folder: Path) -> None:
     engine = engine_of(folder)
     weights = weights_of(folder)
-    engine.load_weights((weights | {NORM: weights[NORM] * math.nan}).items(), version=4)
+    engine.load_weights(in_buckets(weights | {NORM: weights[NORM] * math.nan}), version=4)
     with pytest.raises(RuntimeError, match=r"weights of version 4 .* not finite"):
         engine.generate(requests_for(prompts(3)))
 
 
-def test_weights_survive_sleep_and_are_gone_after_close(folder: Path) -> None:
+def test_weights_are_gone_after_sleep_until_they_come_again_and_after_close(folder: Path) -> None:
     engine, requests = loaded_engine(folder), requests_for(prompts(3))
     before = engine.generate(requests)
     engine.sleep()
-    with pytest.raises(RuntimeError, match="call wake first"):
+    with pytest.raises(RuntimeError, match="no complete weights"):
         engine.generate(requests)
-    engine.wake()
+    engine.load_weights(in_buckets(weights_of(folder)), version=8)
     after = engine.generate(requests)
     assert [r.token_ids.tolist() for r in after] == [r.token_ids.tolist() for r in before]
     engine.close()
     with pytest.raises(RuntimeError, match="no complete weights"):
         engine.generate(requests)
+
+
+def test_scores_are_the_log_probs_of_the_tokens_that_were_given(folder: Path) -> None:
+    sequences = [prompt.token_ids for prompt in prompts(2, 30)]
+    for ids, scores in zip(sequences, loaded_engine(folder).score(sequences), strict=True):
+        logits = model_of(folder)(torch.from_numpy(ids)[None]).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(ids)[1:, None])[:, 0]
+        np.testing.assert_allclose(scores, expected.detach(), rtol=0, atol=1e-5)
+
+
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(folder: Path) -> None:
+    engine, tokenizer = loaded_engine(folder), AutoTokenizer.from_pretrained(folder)
+    requests = requests_for(prompts(6), samples=8)
+    rollouts = engine.generate(requests)
+    place = max(range(8), key=lambda i: len(rollouts[i].token_ids))
+    whole = rollouts[place]
+    texts = [response_text(tokenizer, whole.token_ids[:end]) for end in range(13)]
+    stop = texts[6][len(texts[4]) :]  # made of two tokens
+    (cut,) = engine.generate([replace(requests[place], stop=("never there", stop))])
+    length = next(end for end in range(13) if stop in texts[end])
+    assert (cut.text, cut.finish_reason) == (texts[length], "stop")
+    assert cut.token_ids.tolist() == whole.token_ids[:length].tolist()
+    np.testing.assert_allclose(logprobs_of(cut), logprobs_of(whole)[:length], rtol=0, atol=1e-5)
+
+
+def test_min_p_leaves_out_what_is_far_less_likely_than_the_likeliest(folder: Path) -> None:
+    engine = loaded_engine(folder)
+    for rollout in engine.generate(requests_for(prompts(6, 9), min_p=0.5)):
+        distribution = next_token_logits(model_of(folder), rollout).softmax(-1)
+        kept = distribution >= 0.5 * distribution.amax(-1, keepdim=True)
+        chosen = torch.from_numpy(rollout.token_ids)[:, None]
+        assert kept.gather(1, chosen).all()
+        share = (distribution * kept).sum(-1)
+        expected = (distribution.gather(1, chosen)[:, 0] / share).log()
+        np.testing.assert_allclose(logprobs_of(rollout), expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_with_experts_takes_them_one_by_one_as_its_folder_has_them(tmp_path: Path) -> None:
+    folder = tiny_qwen3_moe(tmp_path / "moe", norm_spread=0.3, init_scale=0.3)
+    weights: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        weights |= load_file(file)
+    assert any(".experts.1.up_proj" in name for name in weights)
+    engine = engine_of(folder)
+    engine.load_weights(in_buckets(weights), version=1)
+    ids = prompts(20)[0].token_ids
+    logits = model_of(folder)(torch.from_numpy(ids)[None]).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(1, torch.from_numpy(ids)[1:, None])[:, 0]
+    np.testing.assert_allclose(engine.score([ids])[0], expected.detach(), rtol=0, atol=1e-5)
 
 
 def test_bfloat16_weights_sample_with_float32_logprobs(folder: Path) -> None:

@@ -1,14 +1,10 @@
 """The engine of supervised training replays solutions and samples nothing."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 
-from megasd.rollout.build import build_engine
-from megasd.rollout.config import RolloutConfig
-from megasd.rollout.engine import Request, RolloutEngine
+from megasd.rollout.engine import Request
+from megasd.rollout.solutions import SolutionsEngine
 from megasd.testing.tiny import tiny_tokenizer
 from megasd.types import Prompt
 
@@ -16,15 +12,8 @@ TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> RolloutEngine:
-    return build_engine(
-        RolloutConfig(),
-        solutions=True,
-        folder=tmp_path,  # holds no model: none is read
-        tokenizer=TOKENIZER,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+def engine() -> SolutionsEngine:
+    return SolutionsEngine(TOKENIZER)
 
 
 def request(solution: str | None, max_response_tokens: int, sample: int = 0) -> Request:
@@ -47,7 +36,7 @@ def request(solution: str | None, max_response_tokens: int, sample: int = 0) -> 
     )
 
 
-def test_a_response_is_the_solution_and_the_end_of_sequence_token(engine: RolloutEngine) -> None:
+def test_a_response_is_the_solution_and_the_end_of_sequence_token(engine: SolutionsEngine) -> None:
     exact, other = engine.generate([request("1+2=3", 6), request("a  b .", 50, sample=1)])
     ids = TOKENIZER.convert_tokens_to_ids([*"1+2=3", "<|eos|>"])
     assert exact.token_ids.tolist() == ids
@@ -56,7 +45,7 @@ def test_a_response_is_the_solution_and_the_end_of_sequence_token(engine: Rollou
     assert (other.text, other.group_id, other.sample, other.prompt.index) == ("a  b .", 5, 1, 3)
 
 
-def test_a_solution_that_is_too_long_is_cut_and_does_not_end(engine: RolloutEngine) -> None:
+def test_a_solution_that_is_too_long_is_cut_and_does_not_end(engine: SolutionsEngine) -> None:
     (rollout,) = engine.generate([request("1+2=3", 5)])
     assert rollout.token_ids.tolist() == TOKENIZER.convert_tokens_to_ids(list("1+2=3"))
     assert rollout.finish_reason == "length"
@@ -64,11 +53,11 @@ def test_a_solution_that_is_too_long_is_cut_and_does_not_end(engine: RolloutEngi
     assert (rollout.text, rollout.finish_reason) == ("1+", "length")
 
 
-def test_a_row_without_a_solution_is_named(engine: RolloutEngine) -> None:
+def test_a_row_without_a_solution_is_named(engine: SolutionsEngine) -> None:
     with pytest.raises(ValueError, match=r"train\.jsonl:4: the row has no solution"):
         engine.generate([request(None, 5)])
 
 
-def test_no_weights_are_ever_gathered_for_it(engine: RolloutEngine) -> None:
+def test_no_weights_are_ever_gathered_for_it(engine: SolutionsEngine) -> None:
     with pytest.raises(RuntimeError, match="needs no weights"):
         engine.load_weights(iter(()), version=1)

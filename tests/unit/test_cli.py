@@ -161,7 +161,8 @@ def test_a_resumed_run_keeps_its_config_but_for_what_may_change(
 ) -> None:
     """From another place too: the run folder may have moved, and CONFIG may say the new values."""
     moved = run_folder.rename("elsewhere")
-    assert main(["train", "--resume", str(moved), "run.steps=20", "metrics.console=false"]) == 0
+    changes = ["run.steps=20", "metrics.console=false", "parallel.timeout_seconds=60"]
+    assert main(["train", "--resume", str(moved), *changes]) == 0
     assert main(["train", "config.yaml", "--resume", str(moved), "run.steps=20"]) == 0
     for (config, resume), console in zip(started, (False, True), strict=True):
         assert resume

@@ -142,7 +142,7 @@ def test_the_counts_of_every_evaluation_lie_in_the_run_folder(tmp_path: Path) ->
         return Evaluator(
             EvaluationConfig(samples=2),
             PROMPTS,
-            engine=cast(Any, Engine()),
+            engines=cast(Any, Engine()),
             scorer=cast(Any, Scorer(rewards)),
             spread=cast(Any, OneRank()),
             seed=5,

@@ -19,7 +19,7 @@ from megasd.types import Prompt, Rollout, Verdict
 GROUP_SIZE = 2
 
 
-class FakeEngine:
+class FakeFleet:
     """A response is as long as its prompt's index plus one; remembers what it was asked."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ def collector(judge: Callable[[Rollout], Verdict], algorithm: Any, groups: int =
     ]
     return Collector(
         prompts=Prompts(prompts, seed=0, shuffle=False),
-        engine=cast(Any, FakeEngine()),
+        engines=cast(Any, FakeFleet()),
         scorer=cast(Any, FakeScorer(judge)),
         spread=cast(Any, Alone()),
         algorithm=algorithm,
@@ -128,7 +128,7 @@ def test_seeds_differ_between_samples_prompts_and_steps_and_repeat_with_the_run(
     def seeds(step: int) -> list[int]:
         one = collector(first_wins, GRPO())
         one.collect(step, Phases())
-        return [request.seed for request in cast(Any, one.engine).requests]
+        return [request.seed for request in cast(Any, one.engines).requests]
 
     assert len({*seeds(0), *seeds(1)}) == 12
     assert seeds(0) == seeds(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megasd.config import read_config
-from megasd.plan import plan_ranks
+from megasd.plan import plan, plan_ranks
 from megasd.testing.tiny import QUICKSTART_STRINGS, tiny_qwen3, tiny_tokenizer
 from megasd.validate import needs_rewards, needs_solutions, validate
 from tests.unit.workspace import QWEN3, edit_json, faults, make_model, make_workspace, write
@@ -240,6 +240,112 @@ def test_a_fault_is_not_the_cause_of_a_second_sentence() -> None:
         "model.pth",
         "parallel.tensor",
         "run.steps",
+    ]
+
+
+WITH_EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_model_with_experts_is_valid_on_several_layouts() -> None:
+    make_model(Path("model"), **WITH_EXPERTS)
+    assert faults("parallel.expert=8", world_size=8) == []
+    tensor = ("parallel.tensor=2", "parallel.sequence=true")
+    assert faults(*tensor, world_size=2) == []
+    assert faults(*tensor, "parallel.expert=4", "parallel.pipeline=2", world_size=8) == []
+    assert faults(*tensor, "parallel.expert=2", "parallel.expert_tensor=2", world_size=4) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "fragments"),
+    [
+        (["parallel.expert=0"], 1, ["parallel.expert: 0 is out of range; set it to 1 or more"]),
+        (["parallel.expert_tensor=0"], 1, ["parallel.expert_tensor: 0 is out of range"]),
+        (
+            ["parallel.expert=3"],
+            3,
+            ["parallel.expert: 3 does not divide the 8 experts", "choose a divisor of 8"],
+        ),
+        (
+            ["parallel.expert=4", "parallel.expert_tensor=2"],
+            4,
+            ["parallel.expert: 4 x parallel.expert_tensor = 2", "the 4 ranks of a pipeline stage"],
+        ),
+        (
+            ["parallel.expert_tensor=8"],
+            8,
+            ["parallel.expert_tensor: 8 does not divide the 12 columns of an expert"],
+        ),
+        (
+            ["parallel.tensor=2"],
+            2,
+            ["parallel.sequence: a model with experts needs it when parallel.tensor is above 1"],
+        ),
+        (
+            ["parallel.expert_tensor=2", "run.device=cpu"],
+            2,
+            ["parallel.expert_tensor: ", "unequal numbers of tokens, which gloo on a CPU cannot"],
+        ),
+    ],
+)
+def test_a_cut_of_experts_that_cannot_be_made_is_refused(
+    overrides: list[str], world_size: int, fragments: list[str]
+) -> None:
+    make_model(Path("model"), **WITH_EXPERTS)
+    found = faults(*overrides, world_size=world_size)
+    assert any(all(fragment in fault for fragment in fragments) for fault in found), found
+
+
+def test_a_router_that_could_not_learn_is_refused() -> None:
+    make_model(Path("model"), **WITH_EXPERTS | {"num_experts_per_tok": 1})
+    (fault,) = faults()
+    assert "leaves the router without a gradient; choose a model" in fault
+    edit_json("model/config.json", num_experts_per_tok=None)
+    (fault,) = faults()
+    assert "config.json lacks `num_experts_per_tok`; add it" in fault
+
+
+def test_a_dense_model_has_no_experts_to_cut() -> None:
+    first, second = faults("parallel.expert=2", "parallel.expert_tensor=1", world_size=2)
+    assert "parallel.expert: cuts experts, and model.path (qwen3) has none; leave it out" in first
+    assert "parallel.expert_tensor: cuts experts" in second
+
+
+def test_rope_that_megatron_cannot_compute_is_found_with_everything_else() -> None:
+    make_model(Path("model"), rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    (fault,) = faults()
+    assert "model.path: config.json asks for RoPE of type 'yarn'" in fault
+
+
+def test_the_plan_says_which_experts_a_rank_holds_and_counts_their_parameters() -> None:
+    hf_config = {**QWEN3, **WITH_EXPERTS}
+    make_model(Path("model"), **WITH_EXPERTS)
+    cut = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2")
+    config = read_config("config.yaml", [*cut, "parallel.expert=4"]).config
+    assert config is not None
+    ranks = list(plan_ranks(config, hf_config, 16))
+    # Within a stage expert parallelism counts up first, across tensor and data parallel ranks.
+    assert [r.ep for r in ranks] == [0, 1, 2, 3] * 4
+    assert [r.experts for r in ranks[:4]] == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    hidden, vocabulary = 16, 36 // 2 * 16  # 35 rows padded to 36
+    attention = hidden * 8 * (4 + 2 + 2 + 4) // 2 + 2 * hidden + 2 * 8
+    experts = 8 * hidden + 2 * 3 * hidden * 12
+    stage = 2 * (attention + experts) + vocabulary
+    assert [r.parameters for r in ranks] == [stage] * 8 + [stage + hidden] * 8
+    text = plan(config, 16)
+    assert "4 data x 2 pipeline x 2 tensor; experts over 4 expert x 1 expert-tensor" in text
+    *_, header, first = text.splitlines()[:-15]
+    assert " ".join(header.split()) == (
+        "rank dp pp tp ep layers vocabulary heads / kv experts prompts parameters"
+    )
+    assert first.split() == [
+        *("0", "0", "0", "0", "0", "0-1", "0-17", "2", "/", "1", "0-1", "0-1", f"{stage:,}")
     ]
 
 

@@ -2,13 +2,16 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megasd.weights.layout import (
+    Sizes,
     fill,
+    held_entries,
     layout_errors,
     local_shape,
     merge,
@@ -30,6 +33,8 @@ QWEN3 = {
     "tie_word_embeddings": True,
     "attention_bias": False,
 }
+
+MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 10}
 
 
 def random_row(kind: Kind, draw: random.Random) -> Row:
@@ -87,9 +92,9 @@ def test_a_split_is_megatrons_and_merging_its_shards_returns_every_byte(
             torch.testing.assert_close(
                 shard, megatron_tensor(row, full, tp_rank, tp_size), rtol=0, atol=0
             )
-        merged = merge(row, 7, shards)
-        assert list(merged) == [f"hf.7.{i}" for i in range(len(full))]
-        for tensor, original in zip(merged.values(), full, strict=True):
+        merged = [torch.full_like(tensor, 1e9) for tensor in full]
+        merge(row, shards, merged)
+        for tensor, original in zip(merged, full, strict=True):
             assert torch.equal(tensor, original)
 
 
@@ -111,7 +116,9 @@ def test_a_vocabulary_smaller_than_the_ranks_leaves_some_with_padding_only() -> 
     for tp_rank, shard in enumerate(shards):
         fill(shard, row, [full], tp_rank, 4)
     assert torch.equal(torch.cat(shards), torch.cat([full, torch.zeros(2, 3)]))
-    assert torch.equal(merge(row, None, shards)["hf"], full)
+    merged = torch.empty(2, 3)
+    merge(row, shards, [merged])
+    assert torch.equal(merged, full)
 
 
 def test_stages_hold_the_layers_in_order_and_an_uneven_cut_is_refused() -> None:
@@ -122,11 +129,45 @@ def test_stages_hold_the_layers_in_order_and_an_uneven_cut_is_refused() -> None:
 
 def test_every_reason_why_a_model_cannot_be_cut_is_listed() -> None:
     table = table_for(QWEN3)
-    assert layout_errors(table, tp_size=2, pp_size=3) == []
-    assert layout_errors(table, tp_size=8, pp_size=4) == [
+    assert layout_errors(table, Sizes(tp=2, pp=3)) == []
+    assert layout_errors(table, Sizes(tp=8, pp=4, ep=2)) == [
         "parallel.tensor: 8 does not divide 4, key-value heads of "
         "model.layers.*.self_attn.q_proj.weight",
         "parallel.tensor: 8 does not divide 20, dimension 0 of model.layers.*.mlp.gate_proj.weight",
         "parallel.tensor: 8 does not divide 20, dimension 1 of model.layers.*.mlp.down_proj.weight",
         "parallel.pipeline: 4 stages do not divide the model's 6 layers",
+        "parallel.expert: 2 does not divide the 0 experts of qwen3",
     ]
+
+
+def test_experts_are_cut_by_expert_parallelism_and_each_by_expert_tensor_parallelism() -> None:
+    table = table_for(MOE)
+    assert layout_errors(table, Sizes(tp=4, pp=3, ep=2, etp=2)) == []
+    assert layout_errors(table, Sizes(ep=4, etp=4)) == [
+        "parallel.expert_tensor: 4 does not divide 10, dimension 0 of "
+        "model.layers.*.mlp.experts.*.gate_proj.weight",
+        "parallel.expert_tensor: 4 does not divide 10, dimension 1 of "
+        "model.layers.*.mlp.experts.*.down_proj.weight",
+        "parallel.expert: 4 does not divide the 6 experts of qwen3_moe",
+    ]
+
+
+@pytest.mark.parametrize("config", [QWEN3, MOE])
+def test_ranks_together_hold_every_parameter_and_only_a_parted_tied_head_twice(
+    config: dict[str, Any],
+) -> None:
+    table = table_for({**config, "tie_word_embeddings": True})
+    sizes = Sizes(pp=2, ep=2 if table.num_experts else 1)
+    held = {
+        (pp, ep): held_entries(table, sizes, pp, ep) for pp in range(2) for ep in range(sizes.ep)
+    }
+    everything = [entry for entries in held.values() for entry in entries]
+    assert set(everything) == set(table.entries())
+    experts = [entry for entry in everything if entry.expert is not None]
+    assert len(experts) == len(set(experts))
+    for (pp, ep), entries in held.items():
+        assert {e.layer for e in entries if e.layer is not None} == set(range(3 * pp, 3 * pp + 3))
+        assert {e.expert for e in entries} - {None} == set(
+            range(table.num_experts)[3 * ep : 3 * ep + 3]
+        )
+    assert [e.row for e in held_entries(table, Sizes(), 0, 0)][-1].exported

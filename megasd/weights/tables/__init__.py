@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megasd.weights.tables import qwen3
+from megasd.weights.tables import llama, qwen3, qwen3_moe
 from megasd.weights.tables.table import Table
 
-_FAMILIES = {"qwen3": qwen3.table}
+_FAMILIES = {"qwen3": qwen3.table, "qwen3_moe": qwen3_moe.table, "llama": llama.table}
 
 SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
 

@@ -1,13 +1,14 @@
-"""What a family's table is made of: rows that tie one Megatron parameter to Hugging Face tensors.
+"""What a family's table is made of: rows that tie Megatron parameters to Hugging Face tensors.
 
-Conventions: `{layer}` in a name stands for a layer number. A Megatron name may hold the number
-within its pipeline stage, a Hugging Face name always holds the number within the model.
+Conventions: `{layer}` in a name stands for a layer number, `{expert}` for an expert's. A Megatron
+name may hold the numbers within its pipeline stage and its expert-parallel rank; a Hugging Face
+name always holds those within the model.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["replicated", "column", "row", "gated", "qkv", "vocabulary"]
 """How tensor parallelism cuts the Megatron parameter:
@@ -28,19 +29,31 @@ class HFTensor:
     name: str
     shape: tuple[int, ...]
 
-    def at(self, layer: int | None) -> str:
-        return self.name.format(layer=layer)
+    def at(self, layer: int | str | None, expert: int | str | None = None) -> str:
+        return self.name.format(layer=layer, expert=expert)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # compared by identity: a table makes each once
 class Row:
-    """One Megatron parameter."""
+    """One Megatron parameter, or, of a layer with experts, one parameter per expert."""
 
     kind: Kind
     megatron: tuple[str, ...]  # its names: of the local layer spec, of Transformer Engine's
     hf: tuple[HFTensor, ...]
     groups: int = 1  # qkv: key-value heads
     exported: bool = True  # False: a copy of a tensor that another row exports
+    experts: int = 0  # above 0: there are so many; cut by expert-tensor parallelism, not tensor
+
+
+class Entry(NamedTuple):
+    """One parameter of the model: numbers are those within the model."""
+
+    row: Row
+    layer: int | None
+    expert: int | None = None
+
+    def hf_names(self) -> tuple[str, ...]:
+        return tuple(tensor.at(self.layer, self.expert) for tensor in self.row.hf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,32 +68,57 @@ class Table:
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that a folder may hold beside the rows' own, by the tensor they must equal."""
 
-    def find(self, name: str, first_layer: int = 0) -> tuple[Row, int | None]:
-        """The row of a Megatron parameter, and its layer number counted from `first_layer`."""
-        pattern, layer = name, None
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer; 0 in a dense model."""
+        return max((row.experts for row in self.layers), default=0)
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys are normalised before attention."""
+        return any("q_layernorm" in name for row in self.layers for name in row.megatron)
+
+    def find(self, name: str, first_layer: int = 0, first_expert: int = 0) -> Entry:
+        """The entry of a Megatron parameter, whose numbers count from the two given here."""
+        pattern, layer, expert = name, None, None
         if match := re.match(r"decoder\.layers\.(\d+)\.", name):
             pattern = "decoder.layers.{layer}." + name[match.end() :]
             layer = int(match[1]) + first_layer
+        if match := re.search(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.weight)\d+$", pattern):
+            pattern = f"{pattern[: match.start()]}{{expert}}{pattern[match.end() :]}"
+            expert = int(match[0]) + first_expert
         for row in (*self.first, *self.layers, *self.last):
-            if pattern in row.megatron and (layer is None or layer < self.num_layers):
-                return row, layer
+            if (
+                pattern in row.megatron
+                and (layer is None or layer < self.num_layers)
+                and (expert is None or expert < row.experts)
+            ):
+                return Entry(row, layer, expert)
         raise ValueError(f"{name}: not a parameter of {self.model_type} in megasd/weights/tables")
 
-    def parameters(self) -> Iterator[tuple[Row, int | None]]:
-        """Every (row, layer) of the whole model, in the order of the forward pass."""
-        yield from ((row, None) for row in self.first)
+    def entries(self) -> Iterator[Entry]:
+        """Every parameter of the whole model, in the order of the forward pass."""
+        yield from (Entry(row, None) for row in self.first)
         for layer in range(self.num_layers):
-            yield from ((row, layer) for row in self.layers)
-        yield from ((row, None) for row in self.last)
+            yield from entries_of(self.layers, layer)
+        yield from (Entry(row, None) for row in self.last)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the Hugging Face folder with its shape, in the order of `parameters`."""
+        """Every tensor of the Hugging Face folder with its shape, in the order of `entries`."""
         return {
-            tensor.at(layer): tensor.shape
-            for row, layer in self.parameters()
-            if row.exported
-            for tensor in row.hf
+            name: tensor.shape
+            for entry in self.entries()
+            if entry.row.exported
+            for name, tensor in zip(entry.hf_names(), entry.row.hf, strict=True)
         }
+
+
+def entries_of(rows: tuple[Row, ...], layer: int) -> Iterator[Entry]:
+    """The parameters of one layer; those of an expert stand together."""
+    yield from (Entry(row, layer) for row in rows if not row.experts)
+    experts = [row for row in rows if row.experts]
+    for expert in range(experts[0].experts if experts else 0):
+        yield from (Entry(row, layer, expert) for row in experts)
 
 
 def required(hf_config: Mapping[str, Any], key: str) -> Any:
@@ -88,3 +126,11 @@ def required(hf_config: Mapping[str, Any], key: str) -> Any:
     if hf_config.get(key) is None:
         raise ValueError(f"model.path: config.json lacks `{key}`; add it")
     return hf_config[key]
+
+
+def refuse(hf_config: Mapping[str, Any], **supported: Any) -> None:
+    """Raises ValueError for a key of config.json that is set to something else."""
+    for key, value in supported.items():
+        if hf_config.get(key, value) not in (value, None):
+            said = str(hf_config[key]).lower() if hf_config[key] is True else hf_config[key]
+            raise ValueError(f"model.path: {key}: {said} of config.json is not supported")

@@ -1,0 +1,111 @@
+"""Whether a model can be cut as `parallel` asks: arithmetic only.
+
+Sentences as in megasd/validate.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megasd.policy.config import ParallelConfig
+from megasd.weights.tables import table_for
+
+UNEVEN = (
+    "parallel.expert_tensor: the ranks of one expert would gather unequal numbers of tokens, which "
+    "gloo on a CPU cannot; set it to 1, or parallel.expert to 1 and it to parallel.tensor"
+)
+
+
+def gathers_unevenly(parallel: ParallelConfig) -> bool:
+    """True if the ranks that share an expert may hold different numbers of its tokens."""
+    shares = parallel.ranks_per_expert
+    return shares > 1 and (parallel.expert > 1 or parallel.tensor % shares != 0)
+
+
+def ranks_per_replica(parallel: ParallelConfig) -> int:
+    """Ranks that hold the dense part of the model once."""
+    # A product below 1 has its own sentence, from the checks of ranges.
+    return max(1, parallel.tensor * parallel.pipeline)
+
+
+def check_layout(parallel: ParallelConfig, *, world_size: int, device: str) -> list[str]:
+    """Whether so many ranks can be arranged as asked."""
+    faults = []
+    ranks = ranks_per_replica(parallel)
+    if world_size % ranks:
+        faults.append(
+            f"parallel.tensor: {parallel.tensor} x parallel.pipeline = {parallel.pipeline} makes "
+            f"{ranks} ranks per replica, which do not divide the world size {world_size}; "
+            f"start a multiple of {ranks} processes or change one of the two"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        faults.append(
+            "parallel.sequence: needs parallel.tensor above 1; set it to false or raise "
+            "parallel.tensor"
+        )
+    ranks_of_stage, shares = world_size // max(1, parallel.pipeline), parallel.ranks_per_expert
+    if world_size % ranks == 0 and ranks_of_stage % max(1, parallel.expert * shares):
+        faults.append(
+            f"parallel.expert: {parallel.expert} x parallel.expert_tensor = {shares} does not "
+            f"divide the {ranks_of_stage} ranks of a pipeline stage; change one of the two"
+        )
+    if device == "cpu" and gathers_unevenly(parallel):
+        faults.append(UNEVEN)
+    return faults
+
+
+def check_experts(parallel: ParallelConfig, hf_config: Mapping[str, Any] | None) -> list[str]:
+    """Whether the policy has the experts that `parallel` would cut."""
+    if hf_config is None or table_for(hf_config).num_experts:
+        return []
+    asked = {"expert": parallel.expert > 1, "expert_tensor": parallel.expert_tensor is not None}
+    return [
+        f"parallel.{key}: cuts experts, and model.path ({hf_config['model_type']}) has none; "
+        "leave it out"
+        for key, is_set in asked.items()
+        if is_set
+    ]
+
+
+def check_cut(parallel: ParallelConfig, hf_config: Mapping[str, Any] | None) -> list[str]:
+    """Whether layers, heads, widths and experts of a model can be cut as asked."""
+    if hf_config is None:
+        return []
+    experts = table_for(hf_config).num_experts
+    cuts = [
+        ("pipeline", parallel.pipeline, "num_hidden_layers", "layers"),
+        ("tensor", parallel.tensor, "num_attention_heads", "attention heads"),
+        ("tensor", parallel.tensor, "num_key_value_heads", "key-value heads"),
+    ]
+    faults = []
+    if experts:
+        shares = parallel.ranks_per_expert
+        cuts.append(("expert", parallel.expert, "num_experts", "experts"))
+        cuts.append(("expert_tensor", shares, "moe_intermediate_size", "columns of an expert"))
+        faults = _of_experts(parallel, hf_config)
+    else:
+        cuts.append(("tensor", parallel.tensor, "intermediate_size", "feed-forward columns"))
+    sizes = {**hf_config, "num_experts": experts}  # config.json may have another name for it
+    return faults + [
+        f"parallel.{key}: {ways} does not divide the {sizes[name]} {what} ({name}) of model.path; "
+        f"choose a divisor of {sizes[name]}"
+        for key, ways, name, what in cuts
+        if sizes[name] % max(1, ways)
+    ]
+
+
+def _of_experts(parallel: ParallelConfig, hf_config: Mapping[str, Any]) -> list[str]:
+    faults = []
+    if parallel.tensor > 1 and not parallel.sequence:
+        faults.append(
+            "parallel.sequence: a model with experts needs it when parallel.tensor is above 1; "
+            "set it to true"
+        )
+    per_token = hf_config.get("num_experts_per_tok")
+    if per_token is None:
+        faults.append("model.path: config.json lacks `num_experts_per_tok`; add it")
+    elif per_token == 1 and hf_config.get("norm_topk_prob"):
+        faults.append(
+            "model.path: one expert per token whose probability is normalised to 1 leaves the "
+            "router without a gradient; choose a model with num_experts_per_tok above 1"
+        )
+    return faults

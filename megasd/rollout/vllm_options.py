@@ -1,0 +1,67 @@
+"""From config to what vLLM is started with: plain values, no vllm, nothing that needs a GPU."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasd.rollout.config import VLLMConfig
+from megasd.weights.fp8 import BLOCK
+
+GIB = 2**30
+
+
+def engine_options(
+    config: VLLMConfig, folder: str | Path, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`; `config.options` has the last word."""
+    on_cpu = device.type == "cpu"
+    if on_cpu and config.expert_parallel:
+        raise ValueError(
+            "rollout.vllm.expert_parallel: vLLM's CPU kernel needs all experts; set it to false"
+        )
+    if on_cpu and config.quantization == "fp8":
+        raise ValueError("rollout.vllm.quantization: fp8 needs a GPU; set it to none")
+    options: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": str(dtype).removeprefix("torch."),
+        "load_format": "dummy",  # weights arrive by an update, never from the folder
+        "tensor_parallel_size": config.tensor,
+        "enable_expert_parallel": config.expert_parallel,
+        "max_num_seqs": config.max_sequences,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        # Of the distribution that was sampled from, as `Rollout.logprobs` promises.
+        "logprobs_mode": "processed_logprobs",
+        # The folder's defaults (a repetition penalty, say) must not change what is sampled.
+        "generation_config": "vllm",
+        "seed": 0,  # requests have their own
+    }
+    if config.tensor > 1:
+        options["distributed_executor_backend"] = "mp"
+    cache_gib = config.kv_cache_gib
+    if on_cpu:
+        options["enforce_eager"] = True
+        cache_gib = 1.0 if cache_gib is None else cache_gib
+    elif config.placement == "colocated":
+        options["enable_sleep_mode"] = True
+    if cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int(cache_gib * GIB)
+    if config.quantization == "fp8":
+        options["hf_overrides"] = {
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [BLOCK, BLOCK],
+                "modules_to_not_convert": ["lm_head"],
+            }
+        }
+    return options | config.options
+
+
+def visible_device(device: torch.device) -> str:
+    """The GPU's number on this machine, whatever this process sees of it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return str(index) if not visible else visible.split(",")[index]

@@ -1,0 +1,143 @@
+"""vLLM on a GPU: weights through shared memory (ipc), over nccl, and as float8. Not yet run."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megasd.rollout.config import VLLMConfig
+from megasd.rollout.engine import EngineLostError
+from megasd.rollout.vllm import VLLMEngine
+from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
+from megasd.types import Rollout
+from megasd.weights.bucket import Bucket
+from tests.rollout.vllm_models import greedy_requests, prompts, weights_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm"),
+]
+
+SIZES: dict[str, Any] = {
+    "hidden": 256,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "intermediate": 512,
+    "norm_spread": 0.2,
+    "init_scale": 0.1,
+}
+
+
+def make_models(kind: str, root: Path) -> list[Path]:
+    make = {"dense": tiny_qwen3, "moe": tiny_qwen3_moe}[kind]
+    return [make(root / f"{kind}{seed}", seed=seed, **SIZES) for seed in range(2)]
+
+
+def buckets_of(folder: Path) -> Iterator[Bucket]:
+    """Bfloat16, on the GPU, over one piece of memory."""
+    weights = {name: tensor.bfloat16().cuda() for name, tensor in weights_of(folder).items()}
+    memory = torch.empty(
+        max(tensor.numel() for tensor in weights.values()), dtype=torch.bfloat16, device="cuda"
+    )
+    for name, tensor in weights.items():
+        bucket = Bucket.over(memory, {name: tuple(tensor.shape)})
+        bucket.tensors[name].copy_(tensor)
+        yield bucket
+
+
+def make_engine(folder: Path, run_folder: Path, **options: Any) -> VLLMEngine:
+    settings: dict[str, Any] = {"kv_cache_gib": 1.0, "max_sequences": 64, "timeout_seconds": 120}
+    return VLLMEngine(
+        VLLMConfig(**settings | options),
+        folder,
+        AutoTokenizer.from_pretrained(folder),
+        dtype=torch.bfloat16,
+        device=torch.device("cuda", 0),
+        hf_shapes={name: tuple(tensor.shape) for name, tensor in weights_of(folder).items()},
+        run_folder=run_folder,
+        name="engine0",
+    )
+
+
+@torch.no_grad()
+def gaps(folder: Path, rollouts: list[Rollout]) -> np.ndarray:
+    """|log-prob of the engine - log-prob of transformers in float32| of every sampled token."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+    found = []
+    for rollout in rollouts:
+        ids = torch.from_numpy(np.concatenate([rollout.prompt.token_ids, rollout.token_ids]))
+        table = model(ids[None].cuda()).logits[0].log_softmax(-1).cpu()
+        table = table[len(rollout.prompt.token_ids) - 1 : -1]
+        expected = table.gather(1, torch.from_numpy(rollout.token_ids)[:, None])[:, 0].numpy()
+        assert rollout.logprobs is not None
+        found.append(np.abs(rollout.logprobs - expected))
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_shared_memory_feeds_an_engine_that_slept(kind: str, tmp_path: Path) -> None:
+    folders = make_models(kind, tmp_path)
+    engine = make_engine(folders[0], tmp_path)
+    try:
+        for version, folder in enumerate([*folders, folders[0]]):
+            engine.load_weights(buckets_of(folder), version)
+            rollouts = engine.generate(greedy_requests())
+            assert len(rollouts) == len(prompts())
+            assert gaps(folder, rollouts).mean() < 0.05
+            awake = torch.cuda.mem_get_info()[0]
+            engine.sleep()
+            assert torch.cuda.mem_get_info()[0] - awake > 0.9 * 2**30, "the cache's memory is back"
+            with pytest.raises(RuntimeError, match="no complete weights"):
+                engine.generate(greedy_requests())
+
+        def flip(bucket: Bucket) -> None:
+            if "model.norm.weight" in bucket.tensors:
+                bucket.flat[3] += 1
+
+        engine.tamper = flip
+        with pytest.raises(EngineLostError, match=r"model\.norm\.weight arrived at worker 0"):
+            engine.load_weights(buckets_of(folders[0]), 9)
+    finally:
+        engine.close()
+
+
+def test_float8_weights_sample_close_to_their_originals(tmp_path: Path) -> None:
+    folders = make_models("dense", tmp_path)
+    engine = make_engine(folders[0], tmp_path, quantization="fp8")
+    try:
+        for version, folder in enumerate(folders):
+            engine.load_weights(buckets_of(folder), version)
+            right = gaps(folder, engine.generate(greedy_requests())).mean()
+            wrong = gaps(folders[1 - version], engine.generate(greedy_requests())).mean()
+            assert right < 0.3 < wrong
+    finally:
+        engine.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nccl_feeds_an_engine_on_another_gpu(tmp_path: Path) -> None:
+    folders = make_models("moe", tmp_path)
+    arguments = ["--listen", "127.0.0.1:0", "--folder", str(tmp_path / "engines")]
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "megasd.rollout.vllm_host", *arguments, "--name", "engine0"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
+    )
+    engine = make_engine(folders[0], tmp_path, placement="server")
+    try:
+        for version, folder in enumerate(folders):
+            engine.load_weights(buckets_of(folder), version)
+            assert gaps(folder, engine.generate(greedy_requests())).mean() < 0.05
+    finally:
+        engine.close()
+        agent.terminate()
+        agent.wait()

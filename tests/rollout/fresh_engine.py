@@ -1,0 +1,46 @@
+"""Greedy tokens and log-probs from vLLM started from folders: `fresh_engine.py OUT FOLDER...`.
+
+Written without the project's engine. OUT gets, for each folder, a list of [tokens, log-probs].
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.rollout.vllm_models import prompts
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    out, *folders = sys.argv[1:]
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=0, detokenize=False)
+    inputs = [TokensPrompt(prompt_token_ids=p.token_ids.tolist()) for p in prompts()]
+    answers = []
+    for folder in folders:
+        vllm = LLM(
+            folder,
+            dtype="float32",
+            enforce_eager=True,
+            kv_cache_memory_bytes=2**28,
+            max_model_len=512,
+            generation_config="vllm",
+            disable_log_stats=True,
+        )
+        results = [one.outputs[0] for one in vllm.generate(inputs, sampling, use_tqdm=False)]
+        answers.append(
+            [
+                [
+                    list(one.token_ids),
+                    [d[t].logprob for t, d in zip(one.token_ids, one.logprobs, strict=True)],
+                ]
+                for one in results
+            ]
+        )
+        vllm.llm_engine.engine_core.shutdown()
+        del vllm
+    Path(out).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

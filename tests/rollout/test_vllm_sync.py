@@ -1,0 +1,76 @@
+"""From a trainer of TP2 x PP2 into real vLLM, step after step: nothing is lost on the way."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megasd.testing.ranks import Ranks
+from tests.rollout import vllm_sync_cases as cases
+from tests.rollout.vllm_models import make_models
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm"),
+]
+
+CUTS: dict[str, dict[str, Any]] = {
+    "dense": {"tensor": 2, "pipeline": 2, "max_tokens": 400},
+    "moe": {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2, "max_tokens": 400},
+}
+
+
+@pytest.fixture
+def trainer() -> Iterator[Ranks]:
+    ranks = Ranks(4, timeout_seconds=400)
+    yield ranks
+    ranks.close()
+
+
+def fresh_answers(folder: Path, folders: list[Path]) -> list[Any]:
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    script = str(Path(__file__).with_name("fresh_engine.py"))
+    command = [sys.executable, script, str(folder / "fresh.json"), *map(str, folders)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    return json.loads((folder / "fresh.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_engines_fed_in_place_equal_fresh_ones_and_a_killed_one_comes_back(
+    kind: str, trainer: Ranks, tmp_path: Path
+) -> None:
+    (folder,) = make_models(kind, tmp_path, 1)
+    results = trainer.run(cases.train_and_sample, folder, tmp_path, CUTS[kind], world_size=4)
+    exports = [tmp_path / f"step{step}" for step in range(cases.STEPS)]
+    fresh = fresh_answers(tmp_path, exports)
+    assert fresh[0] != fresh[1] != fresh[2]
+    for engine, workers in cases.ENGINES.items():
+        for step, (ours, theirs) in enumerate(zip(results[engine], fresh, strict=False)):
+            for prompt, ((ids, logprobs, version), (fresh_ids, fresh_logprobs)) in enumerate(
+                zip(ours, theirs, strict=True)
+            ):
+                where = f"{workers} workers, step {step}, prompt {prompt}"
+                assert ids == fresh_ids, where
+                assert version == step + 1, where
+                np.testing.assert_allclose(
+                    logprobs, fresh_logprobs, rtol=0, atol=2e-5, err_msg=where
+                )
+    for result in results:
+        after = result[-1]
+        assert after["in order"]
+        assert after["versions"] == {cases.STEPS}
+        assert after["metrics"]["rollout/engine_restarts"] == 1
+        assert after["metrics"]["sync/probe_gap"] < 2e-5

@@ -1,0 +1,93 @@
+"""A trainer of four ranks that feeds two engines of real vLLM, one and two workers large."""
+
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from tests.distributed import policy_cases as cases
+from tests.rollout.vllm_models import greedy_requests, prompts, request_for
+
+STEPS = 3
+ENGINES = {0: 1, 1: 2}  # workers by rank of the trainer that feeds them
+
+
+def train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> list[Any]:
+    """After each step: what this rank's engine says of the 40 prompts, and an export.
+
+    Then engine 0 is killed while it samples, and everything is sampled all the same.
+    """
+    policy = cases.make_policy(folder, settings)
+    from megasd.checkpoint.export import export_hf
+    from megasd.rollout.config import SyncConfig, VLLMConfig
+    from megasd.rollout.fleet import Fleet
+    from megasd.rollout.placement import Seat
+    from megasd.rollout.vllm import VLLMEngine
+
+    rank = dist.get_rank()
+    engine = seat = None
+    if rank in ENGINES:
+        seat = Seat(rank)
+        engine = VLLMEngine(
+            VLLMConfig(
+                tensor=ENGINES[rank], kv_cache_gib=0.25, max_sequences=32, timeout_seconds=300
+            ),
+            folder,
+            AutoTokenizer.from_pretrained(folder),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            hf_shapes=policy.table.hf_shapes(),
+            run_folder=run_folder,
+            name=f"engine{rank}",
+        )
+    probe = [prompt.token_ids for prompt in prompts()[-12:]]
+    fleet = Fleet(engine, seat, len(ENGINES), SyncConfig(checksum_every=1), probe=probe)
+    views = cases.random_views(1, count=11, vocab=90)
+    answers = []
+    try:
+        for step in range(STEPS):
+            batch, credit = cases.batch_and_credit(views, seed=step)
+            offsets = cases.offsets_of(views)
+            policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
+            fleet.send(policy)
+            export_hf(policy, folder, run_folder / f"step{step}", replace=False)
+            if engine is not None:
+                answers.append([plain(r) for r in engine.generate(greedy_requests())])
+            dist.barrier()
+        answers.append(sample_through_a_kill(fleet))
+    finally:
+        fleet.close()
+    return answers
+
+
+def plain(rollout: Any) -> tuple[list[int], list[float], int]:
+    return rollout.token_ids.tolist(), rollout.logprobs.tolist(), rollout.policy_version
+
+
+def sample_through_a_kill(fleet: Any) -> dict[str, Any]:
+    """More responses than an engine can give in the time that it has."""
+    requests = [
+        request_for(prompt, sample=sample, seed=100 * prompt.index + sample, max_response_tokens=60)
+        for prompt in prompts()
+        for sample in range(8)
+    ]
+    if dist.get_rank() == 0:
+        pid = fleet.engine.pid
+        threading.Timer(0.5, lambda: os.kill(pid, signal.SIGKILL)).start()
+    rollouts = fleet.generate(requests)
+    return {
+        "versions": {rollout.policy_version for rollout in rollouts},
+        "in order": all(
+            (r.prompt.index, r.sample) == (q.prompt.index, q.sample)
+            for r, q in zip(rollouts, requests, strict=True)
+        ),
+        "metrics": fleet.metrics(),
+        "lengths": int(np.sum([len(r.token_ids) for r in rollouts])),
+    }

@@ -1,0 +1,59 @@
+"""Which rank has which engine, and what a probe says when one computes something else."""
+
+import numpy as np
+import pytest
+
+from megasd.rollout.config import RolloutConfig, VLLMConfig
+from megasd.rollout.placement import Seat, expert_receivers, seats
+from megasd.rollout.probe import gap, probe_sequences
+from megasd.types import Prompt
+
+
+def config(engine: str = "vllm", **vllm: object) -> RolloutConfig:
+    return RolloutConfig(engine=engine, vllm=VLLMConfig(**vllm))  # pyright: ignore
+
+
+def test_on_cpus_the_first_rank_of_each_replica_has_an_engine() -> None:
+    for one in (config("hf"), config(tensor=2)):
+        found = seats(one, replica_starts=[0, 2, 4], world_size=12, is_cuda=False)
+        assert found == {0: Seat(0), 2: Seat(1), 4: Seat(2)}
+        assert expert_receivers(one, is_cuda=False) == 1
+
+
+def test_on_gpus_consecutive_ranks_share_an_engine_and_perhaps_its_experts() -> None:
+    found = seats(config(tensor=2), replica_starts=[0], world_size=4, is_cuda=True)
+    assert found == {0: Seat(0, 0, 2), 1: Seat(0, 1, 2), 2: Seat(1, 0, 2), 3: Seat(1, 1, 2)}
+    assert [seat.is_owner for seat in found.values()] == [True, False, True, False]
+    assert expert_receivers(config(tensor=4, expert_parallel=True), is_cuda=True) == 4
+    assert expert_receivers(config(tensor=4), is_cuda=True) == 1
+
+
+def test_engines_on_servers_are_spoken_to_by_ranks_far_apart() -> None:
+    one = config(placement="server", engines=3, tensor=8, expert_parallel=True)
+    found = seats(one, replica_starts=[0, 8], world_size=16, is_cuda=True)
+    assert found == {0: Seat(0), 5: Seat(1), 10: Seat(2)}
+    assert expert_receivers(one, is_cuda=True) == 1
+
+
+def test_a_probe_is_the_first_prompts_cut_short() -> None:
+    prompts = [
+        Prompt(index=i, messages=(), token_ids=np.arange(length))
+        for i, length in enumerate([5, 1, 1000, *[7] * 30])
+    ]
+    assert [len(ids) for ids in probe_sequences(prompts)] == [5, 256, *[7] * 14]
+
+
+def test_a_gap_is_the_mean_distance_and_names_the_worst_tokens() -> None:
+    sequences = [np.array([3, 4, 5]), np.array([6, 7])]
+    trainer = [np.array([-1.0, -2.0]), np.array([-3.0])]
+    engine = [np.array([-1.5, -2.0]), np.array([-2.0])]
+    found = gap(sequences, engine, trainer, show=2)
+    assert found.mean == pytest.approx(0.5)
+    assert found.worst == (
+        "token 7 (place 1 of probe 1): engine -2.0000, trainer -3.0000; "
+        "token 4 (place 1 of probe 0): engine -1.5000, trainer -1.0000"
+    )
+    engine[0][1] = np.nan
+    found = gap(sequences, engine, trainer, show=1)
+    assert found.mean == np.inf
+    assert found.worst.startswith("token 5 (place 2 of probe 0): engine nan")
