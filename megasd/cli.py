@@ -246,9 +246,9 @@ def _export(args: argparse.Namespace) -> None:
     run_folder, target = _run_folder(Path(args.run_folder)), Path(args.to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError([f"--to {target}: exists and is not an empty folder; choose another"])
-    from megasd.run import export_run
+    from megasd.weights.conversion import megatron_to_hf
 
-    export_run(run_folder, target)
+    megatron_to_hf(run_folder, target)
 
 
 def _print_errors(errors: Sequence[str]) -> None:

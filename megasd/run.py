@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megasd.config import Config, load_config, to_container, to_yaml
+from megasd.config import Config, to_container, to_yaml
 from megasd.data.context import PrivilegedContext
 from megasd.data.datasets import load_prompts
 from megasd.data.prompts import Prompts
 from megasd.data.tokenizer import load_tokenizer
 from megasd.evaluation.evaluator import Evaluator
 from megasd.metrics.records import Metrics
-from megasd.metrics.run_folder import CONFIG_FILE, create_run_folder
+from megasd.metrics.run_folder import create_run_folder
 from megasd.policy import backend
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.build import build_engine
@@ -269,17 +269,3 @@ def _process_group(config: Config, started: backend.Backend) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def export_run(folder: Path, to: Path) -> None:
-    """The newest checkpoint of a run as a Hugging Face folder, on one process."""
-    alone = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
-    config = load_config(folder / CONFIG_FILE, alone)
-    started = backend.start(config.run.device)
-    from megasd.checkpoint.checkpoints import restore_weights
-    from megasd.checkpoint.export import export_hf
-
-    with _process_group(config, started):
-        policy = _build_policy(config, started)
-        restore_weights(policy, folder)
-        export_hf(policy, config.model.path, to, replace=False)

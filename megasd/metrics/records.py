@@ -2,7 +2,8 @@
 
 Row s holds what step s measured and, when it was due, the held-out evaluation of the weights
 before that step; the row after the last step, numbered like the run's length, holds only an
-evaluation. Metrics of speed live under "time/" and "speed/": all others repeat to the bit.
+evaluation. What belongs to one start of a process lives under "time/", "speed/" and "engine/": all
+other metrics repeat to the bit.
 """
 
 import json

@@ -100,9 +100,9 @@ class Fleet:
 
     def metrics(self) -> dict[str, float]:
         """What the engines said of the last `generate`, and of all syncs so far."""
-        metrics = self._metrics | {"rollout/engine_restarts": float(self._restarts)}
+        metrics = self._metrics | {"engine/restarts": float(self._restarts)}
         if self._probe_gap is not None:
-            metrics["sync/probe_gap"] = self._probe_gap
+            metrics["engine/probe_gap"] = self._probe_gap
         return metrics
 
     def sleep(self) -> None:

@@ -145,4 +145,4 @@ def live_through(deaths: dict[int, list[tuple[str, int]]]) -> dict[str, Any]:
 def compare_on_a_probe(bias: float) -> float:
     fleet = fleet_of({}, bias, probe=[np.array([1, 2, 3])], max_probe_gap=0.01)
     fleet.send(FakePolicy())
-    return fleet.metrics()["sync/probe_gap"]
+    return fleet.metrics()["engine/probe_gap"]

@@ -23,7 +23,7 @@ def test_a_lost_engine_comes_back_with_the_same_weights_and_does_what_it_still_o
     results = ranks.run(cases.live_through, deaths, world_size=4)
     for result in results:
         assert result["seen"] == EVERY_ROLLOUT_OF_EVERY_STEP
-        assert result["metrics"]["rollout/engine_restarts"] == restarts
+        assert result["metrics"]["engine/restarts"] == restarts
         assert result["metrics"]["speed"] == 2.0
         assert result["metrics"]["queue_max"] == 1.0
     answered = results[0]["answered"] + results[2]["answered"]

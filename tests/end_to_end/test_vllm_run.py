@@ -44,8 +44,8 @@ def check(run: Path) -> None:
     *steps, last = read_rows(run / METRICS_FILE)
     assert [row["step"] for row in steps] == [0, 1, 2]
     for row in steps:
-        assert row["sync/probe_gap"] < 1e-4
-        assert row["rollout/engine_restarts"] == 0
-        assert row["rollout/engine_tokens_per_second"] > 0
+        assert row["engine/probe_gap"] < 1e-4
+        assert row["engine/restarts"] == 0
+        assert row["engine/tokens_per_second"] > 0
         assert row["mismatch/abs_mean"] < 1e-4
     assert last["evaluation/responses"] == 10

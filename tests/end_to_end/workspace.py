@@ -57,8 +57,8 @@ def train(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess
 
 
 def untimed_rows(run: Path) -> Sequence[dict]:
-    """metrics.jsonl without what no two runs share: seconds and speeds."""
+    """metrics.jsonl without what no two runs share: seconds, speeds, what became of engines."""
     return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "speed/"))}
+        {k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "engine/"))}
         for row in read_rows(run / METRICS_FILE)
     ]

@@ -13,6 +13,7 @@ import megasd.data.sources
 from megasd.algorithms import ALGORITHMS
 from megasd.cli import main
 from megasd.config import load_config, to_yaml
+from megasd.weights import conversion
 from tests.unit.workspace import make_workspace, write
 
 
@@ -29,8 +30,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     run: Any = types.ModuleType("megasd.run")
     run.start_training = lambda config, *, resume: calls.append((config, resume))
-    run.export_run = lambda folder, to: calls.append((folder, to))
     monkeypatch.setitem(sys.modules, "megasd.run", run)
+    monkeypatch.setattr(conversion, "megatron_to_hf", lambda folder, to: calls.append((folder, to)))
     return calls
 
 
