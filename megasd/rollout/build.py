@@ -1,6 +1,7 @@
 """From config to this rank's engine."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def build_engine(
     Each engine's library is imported only when it is chosen.
     """
     seat = seating.get(dist.get_rank())
-    group = _engine_group(seating)
+    group = _engine_group(seating, timedelta(seconds=2 * config.vllm.start_timeout_seconds))
     if seat is None:
         return None
     if config.engine == "hf":
@@ -55,15 +56,16 @@ def build_engine(
     )
 
 
-def _engine_group(seating: Mapping[int, Seat]) -> dist.ProcessGroup | None:
+def _engine_group(seating: Mapping[int, Seat], timeout: timedelta) -> dist.ProcessGroup | None:
     """The group of the ranks that share this rank's engine, for objects; None for one rank.
 
     All ranks make all groups in one order, so that none can wait for another that is never made.
+    They wait in it while the owner starts the engine.
     """
     mine: Any = None  # typed as a group or a number by torch
     for number in sorted({seat.number for seat in seating.values() if seat.size > 1}):
         ranks = sorted(rank for rank, seat in seating.items() if seat.number == number)
-        group = dist.new_group(ranks, backend="gloo")
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
         if dist.get_rank() in ranks:
             mine = group
     return mine

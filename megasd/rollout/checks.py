@@ -48,6 +48,14 @@ def check_engines(
             f"rollout.vllm.gpu_memory_utilization: {vllm.gpu_memory_utilization} is out of range; "
             "set it above 0 and to 1 or less"
         )
+    if vllm.expert_parallel and not is_cuda:
+        faults.append("rollout.vllm.expert_parallel: vLLM cannot on a CPU; set it to false")
+    head_dim = 0 if hf_config is None else hf_config.get("head_dim") or 0
+    if 0 < head_dim < 32 and not is_cuda:
+        faults.append(
+            f"rollout.engine: vLLM on a CPU needs heads (head_dim) of 32 or more, and model.path "
+            f"has {head_dim}; set the engine to hf"
+        )
     if vllm.quantization == "fp8" and not (is_cuda and dtype == "bfloat16"):
         faults.append(
             "rollout.vllm.quantization: fp8 engines need a GPU and model.dtype: bfloat16; "

@@ -8,6 +8,7 @@ comes: the engine is discarded anyway.
 
 Transports: `gloo` (CPU) and `nccl` broadcast each bucket in a process group of the channel's own;
 `ipc` lets the worker on the same GPU map the trainer's memory, and waits for its acknowledgement.
+`nccl` and `ipc` were not yet run on a GPU.
 """
 
 import json

@@ -334,12 +334,12 @@ class VLLMEngine:
         tokens = sum(len(rollout.token_ids) for rollout in rollouts)
         tail = finished[-1] - finished[int(0.9 * (len(finished) - 1))] if finished else 0.0
         self._metrics = {
-            "rollout/engine_tokens_per_second": tokens / finished[-1] if finished else 0.0,
-            "rollout/engine_queue_max": self._peaks["waiting"],
-            "rollout/engine_cache_max": self._peaks["cache"],
-            "rollout/engine_tail_seconds_max": tail,
-            "rollout/engine_stale": float(self._stale),
-            "rollout/engine_restarts": float(self._started - 1),
+            "engine/tokens_per_second": tokens / finished[-1] if finished else 0.0,
+            "engine/queue_max": self._peaks["waiting"],
+            "engine/cache_max": self._peaks["cache"],
+            "engine/tail_seconds_max": tail,
+            "engine/stale": float(self._stale),
+            "engine/restarts": float(self._started - 1),
         }
 
     def metrics(self) -> dict[str, float]:
@@ -371,9 +371,14 @@ class VLLMEngine:
         if self._rank != 0:
             return
         self._started += 1
-        self._link = Link(self._started, self._host.listen_on())
+        link = Link(self._started, self._host.listen_on())
         job = {"options": self._options, "environment": self._environment}
-        self._host.start(job | self._link.address())
+        try:
+            self._host.start(job | link.address())
+        except BaseException:
+            link.close()
+            raise
+        self._link = link
 
     def _await_ready(self) -> None:
         if self._link is not None and self._link.pid is None:

@@ -30,9 +30,11 @@ COMMAND = (sys.executable, "-m", "megasd.rollout.vllm_process")
 ANSWER_SECONDS = 60.0
 CLOSED = "its connection closed"
 LOG_LINES = 15  # of an engine's log in an error
-# They would make vLLM believe that it is a rank of the trainer.
-LEAKING = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_")
-LEAKING += ("PMI", "OMPI_", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+# They would make vLLM believe that it is a rank of the trainer ...
+LEAKING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+LEAKING += ("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_")
+# ... or forbid its sleep mode, which does not go with expandable segments.
+LEAKING += ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",

@@ -72,7 +72,8 @@ def make_engine(folder: Path, run_folder: Path, **options: Any) -> VLLMEngine:
 @torch.no_grad()
 def gaps(folder: Path, rollouts: list[Rollout]) -> np.ndarray:
     """|log-prob of the engine - log-prob of transformers in float32| of every sampled token."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to("cuda")
     found = []
     for rollout in rollouts:
         ids = torch.from_numpy(np.concatenate([rollout.prompt.token_ids, rollout.token_ids]))

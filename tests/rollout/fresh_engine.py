@@ -6,6 +6,7 @@ Written without the project's engine. OUT gets, for each folder, a list of [toke
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.rollout.vllm_models import prompts
 
@@ -28,18 +29,14 @@ def main() -> None:
             disable_log_stats=True,
         )
         results = [one.outputs[0] for one in vllm.generate(inputs, sampling, use_tqdm=False)]
-        answers.append(
-            [
-                [
-                    list(one.token_ids),
-                    [d[t].logprob for t, d in zip(one.token_ids, one.logprobs, strict=True)],
-                ]
-                for one in results
-            ]
-        )
+        answers.append([[list(one.token_ids), logprobs_of(one)] for one in results])
         vllm.llm_engine.engine_core.shutdown()
         del vllm
     Path(out).write_text(json.dumps(answers))
+
+
+def logprobs_of(output: Any) -> list[float]:
+    return [d[t].logprob for t, d in zip(output.token_ids, output.logprobs, strict=True)]
 
 
 if __name__ == "__main__":

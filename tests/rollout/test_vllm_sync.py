@@ -72,5 +72,5 @@ def test_engines_fed_in_place_equal_fresh_ones_and_a_killed_one_comes_back(
         after = result[-1]
         assert after["in order"]
         assert after["versions"] == {cases.STEPS}
-        assert after["metrics"]["rollout/engine_restarts"] == 1
-        assert after["metrics"]["sync/probe_gap"] < 2e-5
+        assert after["metrics"]["engine/restarts"] == 1
+        assert after["metrics"]["engine/probe_gap"] < 2e-5

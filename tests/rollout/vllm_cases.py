@@ -1,5 +1,6 @@
 """Cases of the vLLM engine that need several trainer ranks."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def feed_own_worker(folders: list[Path], run_folder: Path) -> list[str]:
         tensor=2,
         rank_in_engine=rank,
         engine_size=2,
-        group=dist.group.WORLD,
+        group=dist.new_group([0, 1], timeout=timedelta(seconds=300)),
     )
     errors = []
     try:

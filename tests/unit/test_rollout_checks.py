@@ -22,7 +22,12 @@ MODEL = {
 
 
 def faults(
-    vllm: dict[str, Any] | None = None, *, is_cuda: bool = True, world_size: int = 8, **rollout: Any
+    vllm: dict[str, Any] | None = None,
+    *,
+    is_cuda: bool = True,
+    world_size: int = 8,
+    dtype: str = "bfloat16",
+    **rollout: Any,
 ) -> list[str]:
     engine = "hf" if vllm is None else "vllm"
     config = RolloutConfig(engine=engine, vllm=VLLMConfig(**vllm or {}), **rollout)  # pyright: ignore
@@ -31,7 +36,7 @@ def faults(
         world_size=world_size,
         ranks_per_stage=4,
         is_cuda=is_cuda,
-        dtype="bfloat16",
+        dtype=dtype,
         hf_config=MODEL,
     )
 
@@ -59,11 +64,8 @@ def test_what_can_run_is_not_complained_about(vllm: dict[str, Any] | None) -> No
         ({"placement": "server", "engines": 9}, {}, "rollout.vllm.engines: 9 engines need as many"),
         ({"gpu_memory_utilization": 1.5}, {}, "gpu_memory_utilization: 1.5 is out of range"),
         ({"options": {"seed": 1}}, {}, "rollout.vllm.options: seed is megasd's to set"),
-        (
-            {"quantization": "fp8"},
-            {"is_cuda": False},
-            "rollout.vllm.quantization: fp8 engines need",
-        ),
+        ({"quantization": "fp8"}, {"dtype": "float32"}, "rollout.vllm.quantization: fp8 engines"),
+        ({}, {"is_cuda": False}, "rollout.engine: vLLM on a CPU needs heads (head_dim) of 32"),
         ({"placement": "server", "tensor": 64}, {}, "64 does not divide the 32 attention heads"),
     ],
 )
