@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 # Largest mean difference between an engine's log-probs and the trainer's that passes for noise.
-PROBE_GAPS = {"float32": 0.001, "bfloat16": 0.05}
+PROBE_GAPS = {"float32": 0.001, "bfloat16": 0.05, "fp8": 0.2}
 
 
 def start_training(config: Config, *, resume: bool) -> None:
@@ -233,14 +233,15 @@ def _fleet(config: Config, data: _Data, policy: "Policy", folder: Path) -> Fleet
         hf_shapes=policy.table.hf_shapes(),
         run_folder=folder,
     )
-    gap = config.rollout.sync.probe_gap
+    gap, vllm = config.rollout.sync.probe_gap, config.rollout.vllm
+    precision = "fp8" if vllm.quantization == "fp8" else config.model.dtype
     return Fleet(
         engine,
         seating.get(dist.get_rank()),
         len({seat.number for seat in seating.values()}),
         config.rollout.sync,
         probe=probe_sequences(data.prompts.rows if feeds_training else data.held_out),
-        max_probe_gap=PROBE_GAPS[config.model.dtype] if gap is None else gap,
+        max_probe_gap=PROBE_GAPS[precision] if gap is None else gap,
         feeds_training=feeds_training,
     )
 

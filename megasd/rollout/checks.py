@@ -12,10 +12,9 @@ from megasd.weights.tables import table_for
 
 # What the engine sets itself; `rollout.vllm.options` may not.
 OWN_OPTIONS = (
-    *("model", "tokenizer", "dtype", "seed", "load_format", "tensor_parallel_size"),
-    *("enable_expert_parallel", "enable_sleep_mode", "weight_transfer_config", "logprobs_mode"),
-    *("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_model_len"),
-    *("worker_extension_cls", "distributed_executor_backend"),
+    *("model", "dtype", "load_format", "seed", "generation_config", "logprobs_mode"),
+    *("tensor_parallel_size", "enable_expert_parallel", "max_num_seqs", "enable_sleep_mode"),
+    *("worker_extension_cls", "weight_transfer_config"),
 )
 
 

@@ -31,7 +31,7 @@ class SyncConfig:
     bucket_mib: int = 512  # travels at once; a rank holds two of them
     checksum_every: int = 50  # syncs; always at the first; 0: only then
     probe_gap: float | None = None
-    # mean |log-prob of engine - trainer| after the first sync; null: 0.001 in float32, else 0.05
+    # mean |log-prob of engine - trainer| after the first sync; null: by dtype
 
 
 @dataclass(frozen=True)
