@@ -4,17 +4,17 @@
     python tools/bench_sync.py --pipeline 2 --tensor 1 --json
 
 Two gloo ranks on a CPU hold a random model. A sync is a walk over all buckets, as it feeds an
-engine, with a reader that takes
-nothing; the copy moves the same bytes of full tensors within one
+engine, with a reader that takes nothing; the copy moves the same bytes of full tensors within one
 process, into memory that is there already. Variants take turns in the same processes; medians of
-the slower rank are printed. `extra` is the peak of resident memory during the walk over what was in
-use before it. mbridge is measured if it can be imported; it is no dependency (pip install --no-deps
---target DIR mbridge==0.15.1, then PYTHONPATH=DIR).
+the slower rank are printed. `extra` is the peak of resident memory during the first walk over what
+was in use before it. mbridge is measured if it can be imported; it is no dependency (pip install
+--no-deps --target DIR mbridge==0.15.1, then PYTHONPATH=DIR).
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +43,16 @@ SIZES = {  # of Qwen3-0.6B
 }
 
 
+# As tools/setup.sh sets them: glibc gives a freed buffer back at once, and faults it in again.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
 def main() -> None:
+    os.environ.update(MALLOC)  # the ranks start with them
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=1)
@@ -104,7 +113,7 @@ def measure(args: dict[str, Any]) -> dict[str, Any]:
             began = time.perf_counter()
             variant()
             seconds[name].append(time.perf_counter() - began)
-    largest = max(sum(map(plan.unit_elements, one.units)) for one in plan.rounds(2))
+    largest = max(map(plan.round_elements, plan.rounds(2)))
     return {
         "seconds": {name: values[1:] for name, values in seconds.items()},
         "bytes": 2 * elements,

@@ -3,14 +3,16 @@
 The plan is computed once from the table and the sizes of the cut. Execution walks its rounds in
 one order that is the same on every rank. A round is one bucket of parameters of one pipeline
 stage: the stage's ranks gather them over tensor parallelism (those of experts: exchange them over
-expert parallelism), merge them, and broadcast the merged bucket to the other stages. Extra memory
-is two buckets: one to gather in, one merged.
+expert parallelism), merge them, and broadcast the merged bucket to the other stages. While a round
+is merged and read, the shards of the next one are on their way. Extra memory is two buckets: one
+that shards of two rounds arrive in, one for what is merged.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,8 +80,8 @@ class ReshardPlan:
 
     `receivers`: 1, or the number of ranks over which the receiving engines cut their experts
     (contiguous shares, the share of rank i of a stage is number i mod receivers); a rank then
-    receives the experts of its share only. `bucket_bytes` bounds a round; no less than the
-    largest parameter, which always travels whole.
+    receives the experts of its share only. Two rounds fit into `bucket_bytes`, but for a larger
+    parameter, which travels whole and alone.
     """
 
     def __init__(
@@ -139,6 +141,9 @@ class ReshardPlan:
         one = math.prod(local_shape(unit.row, ways)) * ways
         return one if unit.slot is None else one * self._most_wanted[unit.slot]
 
+    def round_elements(self, one: Round) -> int:
+        return sum(map(self.unit_elements, one.units))
+
     @cached_property
     def _most_wanted(self) -> list[int]:
         """By slot: the most experts of one unit that any receiver wants."""
@@ -171,7 +176,7 @@ class ReshardPlan:
                     rounds.append(Round(stage, tuple(bucket)))
                     bucket = []
                 if not bucket:
-                    room = self.bucket_bytes
+                    room = self.bucket_bytes // 2
                 bucket.append(unit)
                 room -= needed
             rounds.append(Round(stage, tuple(bucket)))
@@ -233,13 +238,14 @@ def reshard(
         (dtype,) = dtypes
     device = next(iter(local.values())).device
     rounds = plan.rounds(dtype.itemsize)
-    largest = max(sum(map(plan.unit_elements, one.units)) for one in rounds)
+    largest = max(map(plan.round_elements, rounds))
     merged = torch.empty(largest, dtype=dtype, device=device)
-    gathered = torch.empty(0, dtype=dtype, device=device)
-    if plan.sizes.tp > 1 or plan.sizes.ep * plan.sizes.etp > 1:
-        gathered = torch.empty(largest, dtype=dtype, device=device)
-    walk = _Walk(plan, place, local, gathered)
-    for one in rounds:
+    is_cut = plan.sizes.tp > 1 or plan.sizes.ep * plan.sizes.etp > 1
+    room = max(largest, plan.bucket_bytes // dtype.itemsize) if is_cut else 0
+    gathered = torch.empty(min(room, 2 * largest), dtype=dtype, device=device)
+    walk = _Walk(plan, place, local, gathered, rounds)
+    for number, one in enumerate(rounds):
+        shards = walk.arrived(number)
         entries = walk.received(one)
         shapes = {
             name: tensor.shape
@@ -247,26 +253,53 @@ def reshard(
             for name, tensor in zip(entry.hf_names(), entry.row.hf, strict=True)
         }
         bucket = Bucket.over(merged, shapes)
-        if one.stage == place.pp:
-            shards = walk.exchange(one) if one.of_experts else walk.gather(one)
-            for entry in entries:
-                full = [bucket.tensors[name] for name in entry.hf_names()]
-                merge(entry.row, shards[entry], full)
+        for entry in entries if one.stage == place.pp else ():
+            full = [bucket.tensors[name] for name in entry.hf_names()]
+            merge(entry.row, shards[entry], full)
         if entries and plan.sizes.pp > 1:
             dist.broadcast(bucket.flat, group=place.pp_group, group_src=one.stage)
         if entries:  # there are rounds whose experts this rank does not want
             yield bucket
 
 
+Shards = dict[Entry, list[Tensor]]
+"""Of each parameter, those of all ranks that cut it, in order."""
+
+
 class _Walk:
-    """One rank's part of a walk through the rounds. `memory`: where shards of others arrive."""
+    """One rank's part of a walk through the rounds. `memory`: where shards of others arrive.
+
+    Rounds take turns at the two ends of it, so that one can arrive while another is read.
+    """
 
     def __init__(
-        self, plan: ReshardPlan, place: Place, local: Mapping[Entry, Tensor], memory: Tensor
+        self,
+        plan: ReshardPlan,
+        place: Place,
+        local: Mapping[Entry, Tensor],
+        memory: Tensor,
+        rounds: Sequence[Round],
     ) -> None:
-        self.plan, self.place, self.memory = plan, place, memory
+        self.plan, self.place, self.memory, self.rounds = plan, place, memory, rounds
         self.local = {entry: parameter.detach() for entry, parameter in local.items()}
         self.ep_rank = place.expert // plan.sizes.etp
+        self._started: dict[int, Callable[[], Shards]] = {}
+
+    def arrived(self, number: int) -> Shards:
+        """The shards of a round of this stage; what the next one needs is sent for."""
+        arrive = self._started.pop(number, None) or self._start(number)
+        beside = [self.plan.round_elements(one) for one in self.rounds[number : number + 2]]
+        if len(beside) == 2 and sum(beside) <= len(self.memory):
+            self._started[number + 1] = self._start(number + 1)
+        return arrive()
+
+    def _start(self, number: int) -> Callable[[], Shards]:
+        one = self.rounds[number]
+        if one.stage != self.place.pp:
+            return dict
+        size = self.plan.round_elements(one)
+        memory = self.memory[:size] if number % 2 == 0 else self.memory[-size:]
+        return self.exchange(one, memory) if one.of_experts else self.gather(one, memory)
 
     def received(self, one: Round) -> list[Entry]:
         """What this rank has after the round, in order."""
@@ -274,20 +307,20 @@ class _Walk:
             return [Entry(unit.row, unit.layer) for unit in one.units]
         return self._wanted_of(one, range(self.plan.sizes.ep), self.place.stage)
 
-    def gather(self, one: Round) -> dict[Entry, list[Tensor]]:
-        """The shards of every tensor-parallel rank, in order."""
+    def gather(self, one: Round, memory: Tensor) -> Callable[[], Shards]:
+        """Sends for the shards of every tensor-parallel rank; what is returned waits for them."""
         entries = self.received(one)
-        return self._all_gather(entries, [entries], self.plan.sizes.tp, self.place.tp_group)
+        group = self.place.tp_group
+        return self._all_gather(entries, [entries], self.plan.sizes.tp, group, memory)
 
-    def exchange(self, one: Round) -> dict[Entry, list[Tensor]]:
-        """The shards of the experts that this rank wants, of every expert-tensor rank in order."""
+    def exchange(self, one: Round, memory: Tensor) -> Callable[[], Shards]:
+        """The same of the experts that this rank wants, of every expert-tensor rank."""
         plan, share = self.plan, self.plan.expert_share
+        if plan.receivers > 1:
+            return self._all_to_all(one, memory)
         held = [[u.entry(rank, share) for u in one.units] for rank in range(plan.sizes.ep)]
-        if plan.receivers == 1:
-            return self._all_gather(
-                held[self.ep_rank], held, plan.sizes.etp, self.place.expert_group
-            )
-        return self._all_to_all(one)
+        own, group = held[self.ep_rank], self.place.expert_group
+        return self._all_gather(own, held, plan.sizes.etp, group, memory)
 
     def _all_gather(
         self,
@@ -295,53 +328,68 @@ class _Walk:
         held: Sequence[Sequence[Entry]],
         ways: int,
         group: dist.ProcessGroup | None,
-    ) -> dict[Entry, list[Tensor]]:
+        memory: Tensor,
+    ) -> Callable[[], Shards]:
         """`held[i]` lies on the ranks i * ways to (i + 1) * ways - 1 of the group, cut in ways."""
         num_ranks = len(held) * ways
         if num_ranks == 1:  # nothing to gather: merging reads the parameters themselves
-            return {entry: [self.local[entry]] for entry in own}
+            return lambda: {entry: [self.local[entry]] for entry in own}
         shapes = [_cut(entry, ways) for entry in own]
         sizes = [math.prod(shape) for shape in shapes]
-        buffer = self.memory[: num_ranks * sum(sizes)].view(num_ranks, -1)
+        buffer = memory[: num_ranks * sum(sizes)].view(num_ranks, -1)
         mine = buffer[dist.get_rank(group)]
         for entry, part in zip(own, mine.split(sizes), strict=True):
             part.view(self.local[entry].shape).copy_(self.local[entry])
-        _all_gather_in_place(buffer, mine, group)
-        shards: dict[Entry, list[Tensor]] = {}
-        for rank, row in enumerate(buffer):
-            for entry, part, shape in zip(
-                held[rank // ways], row.split(sizes), shapes, strict=True
-            ):
-                shards.setdefault(entry, []).append(part.view(shape))
-        return shards
+        under_way = _all_gather_in_place(buffer, mine, group)
 
-    def _all_to_all(self, one: Round) -> dict[Entry, list[Tensor]]:
+        def arrive() -> Shards:
+            _wait(under_way)
+            shards: Shards = {}
+            for rank, row in enumerate(buffer):
+                parts = zip(held[rank // ways], row.split(sizes), shapes, strict=True)
+                for entry, part, shape in parts:
+                    shards.setdefault(entry, []).append(part.view(shape))
+            return shards
+
+        return arrive
+
+    def _all_to_all(self, one: Round, memory: Tensor) -> Callable[[], Shards]:
         """Each rank sends each of its experts to those that want it, and to no one else."""
         etp, me, stage = self.plan.sizes.etp, self.place.expert, self.place.stage
-        others = [rank for rank in range(self.plan.sizes.ep * etp) if rank != me]
+        ranks = range(self.plan.sizes.ep * etp)
+        others = [rank for rank in ranks if rank != me]  # nothing travels from a rank to itself
         out = {rank: self._wanted_of(one, [self.ep_rank], stage - me + rank) for rank in others}
         into = {rank: self._wanted_of(one, [rank // etp], stage) for rank in others}
         elements = {rank: [math.prod(_cut(e, etp)) for e in into[rank]] for rank in others}
-        received = self.memory[: sum(map(sum, elements.values()))]
+        received = memory[: sum(map(sum, elements.values()))]
         sent = [self.local[entry].flatten() for entries in out.values() for entry in entries]
-        ranks = range(len(others) + 1)  # nothing travels from a rank to itself
+        sending = torch.cat([received.new_empty(0), *sent]).to(received.dtype)
+        under_way: list[dist.Work | None] = []
         if others:
-            dist.all_to_all_single(
-                received,
-                torch.cat([received.new_empty(0), *sent]).to(received.dtype),
-                [sum(elements.get(rank, ())) for rank in ranks],
-                [sum(self.local[entry].numel() for entry in out.get(rank, ())) for rank in ranks],
-                group=self.place.expert_group,
-            )
-        parts = iter(received.split([size for sizes in elements.values() for size in sizes]))
-        shards: dict[Entry, list[Tensor]] = {}
-        for rank in ranks:  # in order, so that the shards of an expert are
-            if rank == me:
-                for entry in self._wanted_of(one, [self.ep_rank], stage):
-                    shards.setdefault(entry, []).append(self.local[entry])
-            for entry in into.get(rank, ()):
-                shards.setdefault(entry, []).append(next(parts).view(_cut(entry, etp)))
-        return shards
+            under_way = [
+                dist.all_to_all_single(
+                    received,
+                    sending,
+                    [sum(elements.get(rank, ())) for rank in ranks],
+                    [sum(self.local[e].numel() for e in out.get(rank, ())) for rank in ranks],
+                    group=self.place.expert_group,
+                    async_op=True,
+                )
+            ]
+
+        def arrive() -> Shards:
+            _wait(under_way)
+            parts = iter(received.split([size for sizes in elements.values() for size in sizes]))
+            shards: Shards = {}
+            for rank in ranks:  # in order, so that the shards of an expert are
+                if rank == me:
+                    for entry in self._wanted_of(one, [self.ep_rank], stage):
+                        shards.setdefault(entry, []).append(self.local[entry])
+                for entry in into.get(rank, ()):
+                    shards.setdefault(entry, []).append(next(parts).view(_cut(entry, etp)))
+            return shards
+
+        return arrive
 
     def _wanted_of(self, one: Round, ep_ranks: Sequence[int], stage_rank: int) -> list[Entry]:
         wanted = self.plan.wanted(stage_rank)
@@ -351,20 +399,25 @@ class _Walk:
         return [entry for entry in entries if entry.expert in wanted]
 
 
-def _all_gather_in_place(buffer: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:
+def _all_gather_in_place(
+    buffer: Tensor, mine: Tensor, group: dist.ProcessGroup | None
+) -> list[dist.Work | None]:
     """Fills the rows of `buffer` [ranks, n]; `mine` is the rank's own, in its place already."""
-    if buffer.device.type == "cpu":  # gloo's all-gather would copy the whole buffer once more
-        sent = [
+    if buffer.device.type == "cpu":  # gloo's all-gather is slow, and copies the whole buffer
+        return [
             dist.broadcast(row, group=group, group_src=rank, async_op=True)
             for rank, row in enumerate(buffer)
         ]
-        for work in sent:
-            assert work is not None
+    # torch 2.13 renamed it and warns about the old name.
+    named: Any = dist
+    gather = getattr(named, "all_gather_single", None) or named.all_gather_into_tensor
+    return [gather(buffer.view(-1), mine, group=group, async_op=True)]
+
+
+def _wait(under_way: Sequence[dist.Work | None]) -> None:
+    for work in under_way:
+        if work is not None:
             work.wait()
-    elif hasattr(dist, "all_gather_single"):  # torch 2.13's name; it warns about the old one
-        dist.all_gather_single(buffer.view(-1), mine, group=group)
-    else:
-        dist.all_gather_into_tensor(buffer.view(-1), mine, group=group)
 
 
 def _cut(entry: Entry, ways: int) -> tuple[int, ...]:

@@ -215,7 +215,7 @@ def test_rounds_hold_each_parameter_once_and_stay_within_their_size_and_a_stage(
     for one in rounds:
         assert len({unit.slot is None for unit in one.units}) == 1
         size = 4 * sum(map(plan.unit_elements, one.units))
-        assert len(one.units) == 1 or size <= 12_000
+        assert len(one.units) == 1 or size <= 6_000  # two of them fit
 
 
 def test_a_layout_that_does_not_fit_the_model_is_refused_before_anything_is_sent() -> None:
@@ -243,7 +243,7 @@ def peak_bytes(config: dict[str, Any], sizes: Sizes, bucket_bytes: int, receiver
 
 @pytest.mark.parametrize("bucket_bytes", [8000, 32_000])
 def test_a_walk_holds_at_most_two_buckets(ranks: Ranks, bucket_bytes: int) -> None:
-    assert bucket_bytes / 2 <= peak_bytes(hf_config(), Sizes(), bucket_bytes, 1) <= bucket_bytes
+    assert bucket_bytes / 4 <= peak_bytes(hf_config(), Sizes(), bucket_bytes, 1) <= bucket_bytes
     cases = [(hf_config(), Sizes(tp=2), 1)]
     cases += [(hf_config(experts=8), Sizes(ep=2), receivers) for receivers in (1, 2)]
     for config, sizes, receivers in cases:
