@@ -115,16 +115,16 @@ class ReshardPlan:
         )
 
     def _dense(self, stage: int) -> list[Unit]:
-        rows: list[Unit] = [Unit(row, None) for row in self.table.first if stage == 0]
-        rows += [
+        """The layers first: the embedding, often the largest, then has small rounds beside it."""
+        units = [
             Unit(row, layer)
             for layer in stage_layers(self.table.num_layers, stage, self.sizes.pp)
             for row in self.table.layers
             if not row.experts
         ]
         if stage == self.sizes.pp - 1:
-            rows += [Unit(row, None) for row in self.table.last if row.exported]
-        return rows
+            units += [Unit(row, None) for row in self.table.last if row.exported]
+        return units + [Unit(row, None) for row in self.table.first if stage == 0]
 
     def _experts(self, stage: int) -> list[Unit]:
         rows = tuple(row for row in self.table.layers if row.experts)
