@@ -41,17 +41,6 @@ def newest(folder: Path) -> Path | None:
     return folder / f"{_PREFIX}{steps[-1]:06d}" if steps else None
 
 
-def restore_weights(policy: Policy, run_folder: Path) -> None:
-    """The weights alone, from the newest checkpoint, whatever layout it was saved in."""
-    folder = newest(run_folder / "checkpoints")
-    if folder is None:
-        raise ValueError(f"{run_folder}: holds no checkpoint yet; let the run save one first")
-    state: Any = dist_checkpointing.load(
-        {"model": policy.state.gpt.sharded_state_dict()}, str(folder)
-    )
-    policy.state.gpt.load_state_dict(state["model"], strict=False)
-
-
 class SaveError(ValueError):
     """A checkpoint could not be written; the message says why, and what is left."""
 

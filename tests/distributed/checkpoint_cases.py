@@ -74,12 +74,21 @@ def resume_what_is_not_this_run(folder: Path, run_folder: Path) -> str:
     return str(failure.value)
 
 
+def restore_weights(policy: Any, run_folder: Path) -> None:
+    """The weights of the newest checkpoint by Megatron's own loader, whatever their layout was."""
+    from megatron.core import dist_checkpointing
+
+    from megasd.checkpoint.checkpoints import newest
+
+    model = policy.state.gpt.sharded_state_dict()
+    saved: Any = dist_checkpointing.load({"model": model}, str(newest(run_folder / "checkpoints")))
+    policy.state.gpt.load_state_dict(saved["model"], strict=False)
+
+
 def read_weights_in_another_layout(
     folder: Path, run_folder: Path, settings: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     policy = cases.make_policy(folder, settings)
-    from megasd.checkpoint.checkpoints import restore_weights
-
     restore_weights(policy, run_folder)
     return cases.weights_of(policy)
 

@@ -15,11 +15,9 @@ def read_converted(
 ) -> list[dict[str, np.ndarray]]:
     """The weights of a policy of another model after each of the checkpoints was loaded."""
     policy = cases.make_policy(folder, settings)
-    from megasd.checkpoint.checkpoints import restore_weights
-
     read = [cases.weights_of(policy)]
     for run in runs:
-        restore_weights(policy, run)
+        checkpoints.restore_weights(policy, run)
         read.append(cases.weights_of(policy))
     return read
 
