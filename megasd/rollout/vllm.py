@@ -442,9 +442,13 @@ class VLLMEngine:
         assert self._link is not None
         if not self._link.connected:
             return self._host.death()
-        if self._link.lost == CLOSED:
-            return self._host.death() or CLOSED
-        return self._link.lost
+        if self._link.lost != CLOSED:
+            return self._link.lost
+        for _ in range(40):  # a connection closes before the end of its process can be seen
+            if death := self._host.death():
+                return death
+            time.sleep(0.05)
+        return CLOSED
 
     def _why(self, error: Exception) -> str:
         """The process's own reason where there is one: a broken transport only follows from it."""
