@@ -1,10 +1,10 @@
 """The command line. Imports nothing heavy: what a command needs is imported when it runs.
 
-Exit codes: 0 done, 2 the user's input cannot be used (one sentence per fault on stderr).
+Exit codes: 0 done, 2 the user's input cannot be used (one sentence per fault on stderr), 85 a run
+saved and stopped before its end because it was sent SIGUSR1: start it again.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -13,31 +13,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megasd import __version__
+from megasd import __version__, interrupt
 from megasd.algorithms import ALGORITHMS
-from megasd.config import (
-    COMMAND_LINE,
-    Config,
-    ConfigError,
-    Loaded,
-    differing_keys,
-    is_within,
-    read_config,
-    to_yaml,
-)
-from megasd.metrics.run_folder import CONFIG_FILE
+from megasd.config import COMMAND_LINE, Config, ConfigError, read_config, to_yaml
+from megasd.doctor import add_doctor_command
+from megasd.launch.flags import add_flags
 from megasd.plan import plan
+from megasd.planner.command import add_plan_command
+from megasd.resume import existing_run, read_resumed
 from megasd.validate import check_run, validate
-
-# When a run is resumed.
-MAY_CHANGE = ("run.steps", "parallel", "checkpoint", "metrics", "evaluation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command, returns the exit code."""
     args = _parse(arguments)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ConfigError as error:
         if _is_first_rank():  # every rank finds the same
             _print_errors(error.errors)
@@ -48,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Perhaps this rank alone met it: every rank speaks.
         _print_errors([str(error) if _is_first_rank() else f"rank {_rank()}: {error}"])
         return 2
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -59,6 +49,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_compare(commands)
+    _add_submit(commands)
+    add_plan_command(commands)
+    add_doctor_command(commands)
 
     algorithms = commands.add_parser(
         "algorithms", help="list the algorithms: paper, what the teacher reads, passes, memory"
@@ -74,7 +67,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     export.set_defaults(run=_export)
 
     args, rest = parser.parse_known_args(arguments)
-    if args.run in (_train, _compare) and not any(item.startswith("-") for item in rest):
+    if hasattr(args, "items") and not any(item.startswith("-") for item in rest):
         args.items += rest  # overrides behind an option, which argparse does not gather
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -122,11 +115,26 @@ def _add_compare(commands: Any) -> None:
     compare.set_defaults(run=_compare)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _add_submit(commands: Any) -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="start a run as a Slurm job, or continue it",
+        usage="megasd submit CONFIG [key=value ...] --nodes N [--time LIMIT] [--site FILE] ...",
+        description="Checks everything against the nodes, then submits one job that saves before "
+        "its time is over, goes back to the queue, and resumes. Prints the job's id.",
+    )
+    add_flags(submit)
+    submit.set_defaults(run=_submit)
+
+
+def _train(args: argparse.Namespace) -> int:
+    """The exit code."""
+    if not args.dry_run:
+        interrupt.listen()  # before anything heavy is imported, which may start threads
     path, overrides = _config_and_overrides(args.items)
     world_size = _world_size(args)
     if args.resume is not None:
-        loaded = _read_resumed(Path(args.resume), path, overrides)
+        loaded = read_resumed(Path(args.resume), path, overrides)
     elif path is not None:
         loaded = read_config(path, overrides)
     else:
@@ -139,10 +147,18 @@ def _train(args: argparse.Namespace) -> None:
     assert loaded.config is not None, "what could not be read is an error"
     if args.dry_run:
         _print_dry_run(loaded.config, world_size, resumed=args.resume is not None)
-        return
+        return 0
     from megasd.run import start_training
 
-    start_training(loaded.config, resume=args.resume is not None)
+    is_done = start_training(loaded.config, resume=args.resume is not None)
+    return 0 if is_done else interrupt.EXIT_CODE
+
+
+def _submit(args: argparse.Namespace) -> None:
+    from megasd.launch.submit import submit
+
+    path, overrides = _config_and_overrides(args.items)
+    submit(path, overrides, args)
 
 
 def _config_and_overrides(items: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -187,46 +203,6 @@ def _world_size(args: argparse.Namespace) -> int:
     return args.world_size
 
 
-def _read_resumed(folder: Path, path: str | None, overrides: list[str]) -> Loaded:
-    """The configuration to continue the run in `folder` with; with a CONFIG it must be the same."""
-    folder = _run_folder(folder)
-    loaded = read_config(folder / CONFIG_FILE, overrides)
-    rule = (
-        "a resumed run may only change run.steps, parallel.*, checkpoint.*, metrics.* and "
-        "evaluation.*"
-    )
-    errors = [
-        f"{COMMAND_LINE}: {key}: {rule}; leave it out, or start a new run"
-        for key, source in loaded.sources.items()
-        if source == COMMAND_LINE and not is_within(key, MAY_CHANGE)
-    ]
-    errors += loaded.errors
-    saved = loaded.config
-    if path is not None:
-        loaded = read_config(path, overrides)
-        errors += loaded.errors
-        if saved is not None and loaded.config is not None and not loaded.errors:
-            errors += [
-                f"{loaded.source(key)}: {key}: differs from {folder / CONFIG_FILE}, and {rule}; "
-                "resume with the config and the model of the run, or start a new run"
-                for key in differing_keys(saved, loaded.config)
-                if not is_within(key, (*MAY_CHANGE, "run.directory"))
-            ]
-    config = loaded.config
-    if config is not None:  # the folder may have been moved, or the working directory be another
-        where = dataclasses.replace(config.run, directory=str(folder.parent), name=folder.name)
-        config = dataclasses.replace(config, run=where)
-    return dataclasses.replace(loaded, config=config, errors=list(dict.fromkeys(errors)))
-
-
-def _run_folder(folder: Path) -> Path:
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(
-            [f"{folder}: not a run folder, it holds no {CONFIG_FILE}; name the folder of a run"]
-        )
-    return folder.resolve()
-
-
 def _print_dry_run(config: Config, world_size: int, *, resumed: bool) -> None:
     print(to_yaml(config))
     print(plan(config, world_size))
@@ -243,7 +219,7 @@ def _algorithms(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    run_folder, target = _run_folder(Path(args.run_folder)), Path(args.to)
+    run_folder, target = existing_run(Path(args.run_folder)), Path(args.to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError([f"--to {target}: exists and is not an empty folder; choose another"])
     from megasd.weights.conversion import megatron_to_hf

@@ -43,8 +43,11 @@ if TYPE_CHECKING:
 PROBE_GAPS = {"float32": 0.001, "bfloat16": 0.05, "fp8": 0.2}
 
 
-def start_training(config: Config, *, resume: bool) -> None:
-    """Run `config` to its last step on every rank that the launcher started."""
+def start_training(config: Config, *, resume: bool) -> bool:
+    """Run `config` to its last step on every rank that the launcher started.
+
+    False: saved and stopped before it, because the cluster asked for it.
+    """
     started = backend.start(config.run.device)
     # Megatron may be imported from here on.
     from megasd.checkpoint.checkpoints import Checkpoints
@@ -64,9 +67,10 @@ def start_training(config: Config, *, resume: bool) -> None:
         if resume:
             checkpoints.restore()
         with contextlib.ExitStack() as stack:
-            train(_assemble(config, data, policy, checkpoints, folder, stack))
-        if config.checkpoint.export_hf:
+            is_done = train(_assemble(config, data, policy, checkpoints, folder, stack))
+        if is_done and config.checkpoint.export_hf:
             export_hf(policy, config.model.path, folder / "hf", replace=True)
+    return is_done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megasd import interrupt
 from megasd.algorithms.base import Algorithm
 from megasd.checkpoint.checkpoints import Checkpoints
 from megasd.evaluation.evaluator import Evaluator
@@ -29,8 +30,11 @@ class Job:
     minibatches: int
 
 
-def train(job: Job) -> None:
-    """Train from the first step that is not in a checkpoint to the last, then evaluate."""
+def train(job: Job) -> bool:
+    """Train from the first step that is not in a checkpoint to the last, then evaluate.
+
+    False: the cluster wants its nodes back; all is saved, and some steps are still to be done.
+    """
     algorithm, policy, phases = job.algorithm, job.policy, Phases()
     for step in range(job.checkpoints.next_step, job.steps):
         values: dict[str, float] = {}
@@ -64,9 +68,14 @@ def train(job: Job) -> None:
         values["data/epoch"] = job.collector.prompts.epoch
         values |= phases.finish_step(experience.metrics["rollout/tokens"])
         job.metrics.log(step, values)
+        is_last = step + 1 == job.steps
+        must_stop = not is_last and interrupt.is_asked_anywhere()
         with phases("checkpoint"):
-            job.checkpoints.save_if_due(step, last=step + 1 == job.steps)
+            job.checkpoints.save_if_due(step, last=is_last or must_stop)
+        if must_stop:
+            return False
 
     if job.evaluator.has_prompts:
         job.engines.send(policy)
         job.metrics.log(job.steps, job.evaluator.evaluate(job.steps))
+    return True

@@ -70,9 +70,12 @@ ABOVE_0 = (
 )
 
 
-def validate(loaded: Loaded, *, world_size: int, new_run: bool) -> list[str]:
+def validate(
+    loaded: Loaded, *, world_size: int, new_run: bool, will_run_here: bool = True
+) -> list[str]:
     """Every fault of a configuration that could be read; `new_run`: its folder must not exist.
 
+    `will_run_here` False: with other packages than this process has, as in a container.
     The sentences of `loaded.errors` are not repeated.
     """
     config = loaded.config
@@ -93,7 +96,7 @@ def validate(loaded: Loaded, *, world_size: int, new_run: bool) -> list[str]:
         *check_cut(config.parallel, hf_config),
         *check_experts(config.parallel, hf_config),
         *check_lengths(config, hf_config),
-        *check_rollout(config, hf_config, world_size),
+        *check_rollout(config, hf_config, world_size, will_run_here=will_run_here),
     ]
     out_of_range = {key for sentence in numbers for key in keys_in(sentence)}
     kept = [s for s in numbers if not _speaks_of(s, loaded.faulty)]
@@ -332,7 +335,11 @@ def check_sampling(config: Config) -> list[str]:
 
 
 def check_rollout(
-    config: Config, hf_config: Mapping[str, Any] | None, world_size: int
+    config: Config,
+    hf_config: Mapping[str, Any] | None,
+    world_size: int,
+    *,
+    will_run_here: bool = True,
 ) -> list[str]:
     """Whether the engines can run; an algorithm that samples nothing may still be evaluated."""
     import torch
@@ -347,6 +354,7 @@ def check_rollout(
         is_cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()),
         dtype=config.model.dtype,
         hf_config=hf_config,
+        needs_vllm=will_run_here,
     )
 
 

@@ -26,8 +26,12 @@ def check_engines(
     is_cuda: bool,
     dtype: str,
     hf_config: Mapping[str, Any] | None,
+    needs_vllm: bool = True,
 ) -> list[str]:
-    """Every reason why the engines cannot be started, or would sample something else."""
+    """Every reason why the engines cannot be started, or would sample something else.
+
+    `needs_vllm`: this machine's packages are those of the run.
+    """
     faults = []
     if not 0 <= rollout.min_p < 1:
         faults.append(
@@ -38,7 +42,7 @@ def check_engines(
     if rollout.engine != "vllm":
         return faults
     vllm = rollout.vllm
-    if importlib.util.find_spec("vllm") is None:
+    if needs_vllm and importlib.util.find_spec("vllm") is None:
         faults.append("rollout.engine: vllm is not installed; install it, or set the engine to hf")
     if own := sorted(set(vllm.options) & set(OWN_OPTIONS)):
         faults.append(f"rollout.vllm.options: {', '.join(own)} is megasd's to set; leave it out")

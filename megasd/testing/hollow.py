@@ -11,55 +11,14 @@ from typing import Any, Literal
 
 from transformers import AutoConfig
 
+from megasd.planner.presets import EXPERTS, SIZES
 from megasd.testing.tiny import tiny_tokenizer
 from megasd.weights.hf_folder import INDEX_FILE, SINGLE_FILE
 from megasd.weights.tables import table_for
 
-Size = Literal["1.7B", "4B", "8B", "30B-A3B", "235B-A22B"]
+Size = Literal["1.7B", "4B", "8B", "32B", "30B-A3B", "235B-A22B"]
 
-SIZES: dict[str, dict[str, Any]] = {  # what the models' config.json say
-    "1.7B": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "intermediate_size": 6144,
-        "tie_word_embeddings": True,
-    },
-    "4B": {
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 9728,
-        "tie_word_embeddings": True,
-    },
-    "8B": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 12288,
-        "tie_word_embeddings": False,
-    },
-    "30B-A3B": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "tie_word_embeddings": False,
-    },
-    "235B-A22B": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 94,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 4,
-        "intermediate_size": 12288,
-        "moe_intermediate_size": 1536,
-        "tie_word_embeddings": False,
-    },
-}
 FILE_BYTES = 20 * 10**9  # the dense models are one file
-EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
 
 
 def hollow_qwen3(folder: Path | str, size: Size = "8B") -> Path:
@@ -73,7 +32,8 @@ def hollow_qwen3(folder: Path | str, size: Size = "8B") -> Path:
     sizes, has_experts = SIZES[size], "moe_intermediate_size" in SIZES[size]
     config: Any = AutoConfig.for_model(
         "qwen3_moe" if has_experts else "qwen3",
-        **{"num_key_value_heads": 8, **sizes, **(EXPERTS if has_experts else {})},
+        **sizes,
+        **(EXPERTS if has_experts else {}),
         head_dim=128,
         vocab_size=151_936,
         max_position_embeddings=40_960,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import megasd.data.sources
+from megasd import interrupt
 from megasd.algorithms import ALGORITHMS
 from megasd.cli import main
 from megasd.config import load_config, to_yaml
@@ -28,8 +29,9 @@ def _inside_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the command line hands to the run, instead of running it."""
     calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(interrupt, "listen", lambda: None)  # it would outlive the test
     run: Any = types.ModuleType("megasd.run")
-    run.start_training = lambda config, *, resume: calls.append((config, resume))
+    run.start_training = lambda config, *, resume: calls.append((config, resume)) or True
     monkeypatch.setitem(sys.modules, "megasd.run", run)
     monkeypatch.setattr(conversion, "megatron_to_hf", lambda folder, to: calls.append((folder, to)))
     return calls
@@ -48,6 +50,14 @@ def error_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("megasd: error: ") for line in lines)
     return [line.removeprefix("megasd: error: ") for line in lines]
+
+
+def test_a_run_that_stopped_because_it_was_asked_to_exits_with_85(
+    started: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = sys.modules["megasd.run"]
+    monkeypatch.setattr(run, "start_training", lambda config, *, resume: False)
+    assert main(["train", "config.yaml"]) == 85
 
 
 def test_a_dry_run_prints_the_resolved_config_and_the_plan(

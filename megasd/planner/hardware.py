@@ -1,0 +1,95 @@
+"""The GPUs that a plan can be made for, and every figure that the plan assumes about them.
+
+Published peaks are the vendor's: dense bfloat16, not sparse. What a program reaches of them is in
+`Assumptions`, one figure each, printed with every plan: none was measured by megasd.
+"""
+
+import re
+from dataclasses import dataclass
+
+GB, GIB, TERA = 1e9, 2**30, 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """One GPU of a node of eight, as its vendor describes it."""
+
+    name: str
+    memory_bytes: int  # what a program may allocate
+    bf16_flops: float  # dense, per second
+    memory_bandwidth: float  # bytes per second
+    nvlink_bandwidth: float  # bytes per second and direction, to the other GPUs of the node
+    network_bandwidth: float  # bytes per second and direction, to other nodes
+
+
+def _gpu(name: str, *, gib: float, tflops: float, tb: float, nvlink: float, network: float) -> GPU:
+    return GPU(
+        name=name,
+        memory_bytes=int(gib * GIB),
+        bf16_flops=tflops * TERA,
+        memory_bandwidth=tb * TERA,
+        nvlink_bandwidth=nvlink * GB,
+        network_bandwidth=network * GB,
+    )
+
+
+# SXM modules; memory as nvidia-smi shows it. One 400 Gb/s network card per GPU.
+GPUS = {
+    "H100": _gpu("H100", gib=79, tflops=989, tb=3.35, nvlink=450, network=50),
+    "H200": _gpu("H200", gib=140, tflops=989, tb=4.8, nvlink=450, network=50),
+    "B200": _gpu("B200", gib=178, tflops=2250, tb=7.7, nvlink=900, network=50),
+}
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What a plan takes for granted: all in one place, printed with it, none of it measured."""
+
+    # memory
+    context_gib: float = 1.5  # CUDA context, kernels, cuBLAS and cuDNN workspaces
+    nccl_gib: float = 2.0  # communicators of the trainer and their buffers
+    asleep_engine_gib: float = 3.0  # a sleeping vLLM: its own context, graphs, communicators
+    fragmentation: float = 0.06  # share of all that is allocated, lost between blocks
+    expert_imbalance: float = 1.25  # tokens of the busiest rank's experts over the mean
+    # lengths
+    mean_length: float = 0.5  # of prompts and responses, as a share of their maxima
+    # speed, as shares of the published peak
+    train_flops: float = 0.40  # matrix products of the update
+    score_flops: float = 0.45  # of the forward passes
+    expert_flops: float = 0.6  # of the two above, where the products are those of small experts
+    decode_bandwidth: float = 0.6  # of memory bandwidth while decoding
+    prefill_flops: float = 0.4
+    collectives: float = 0.7  # of NVLink and network bandwidth
+    # fixed costs
+    decode_layer_seconds: float = 15e-6  # kernels and all-reduces of one layer, one token
+    hf_layer_seconds: float = 150e-6  # the same, of transformers' generate
+    round_seconds: float = 0.0005  # of a weight sync: a gather, a merge, a broadcast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What `--gpus H200:64` names."""
+
+    gpu: GPU
+    count: int
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.count // GPUS_PER_NODE)
+
+    def bandwidth(self, ranks_apart: int) -> float:
+        """Of a collective over ranks that span so many consecutive numbers."""
+        within = ranks_apart <= GPUS_PER_NODE
+        return self.gpu.nvlink_bandwidth if within else self.gpu.network_bandwidth
+
+
+def parse_gpus(text: str) -> Machine:
+    """`H200:64` as a machine; ValueError says how to write it."""
+    match = re.fullmatch(r"([A-Za-z]+\d+):(\d+)", text)
+    if match is None or match[1].upper() not in GPUS or int(match[2]) < 1:
+        raise ValueError(
+            f"--gpus {text}: write a type and a number of GPUs, like H200:64; types are "
+            + ", ".join(GPUS)
+        )
+    return Machine(gpu=GPUS[match[1].upper()], count=int(match[2]))

@@ -1,0 +1,192 @@
+"""The layouts that a configuration could run in, the quickest that fit first.
+
+What varies: tensor, pipeline and expert parallelism, recomputation, tokens of a micro-batch, GPUs
+of a colocated vLLM engine and its share of their memory. Nothing is suggested that the checks of
+the policy and of the engines refuse.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megasd.config import Config
+from megasd.planner.duration import Duration, duration
+from megasd.planner.hardware import GPUS_PER_NODE
+from megasd.planner.memory import Memory, Scenario, memory
+from megasd.policy.checks import check_cut, check_experts, check_layout
+from megasd.rollout.checks import check_engines
+from megasd.validate import check_batch, check_lengths, check_numbers, longest_view
+
+TENSOR = (1, 2, 4, 8)  # more would leave the node
+PIPELINE = (1, 2, 3, 4, 6, 8, 12, 16)
+EXPERT = (1, 2, 4, 8, 16, 32, 64, 128)
+ENGINE_TENSOR = (1, 2, 4, 8)  # an engine does not leave its node
+MICROBATCHES = (1, 2, 4)  # longest sequences in one
+SHARES = tuple(round(0.05 * n, 2) for n in range(18, 1, -1))  # of a GPU's memory, for vLLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A way to run, as the overrides that lead there from the configuration."""
+
+    overrides: dict[str, Any]
+    memory: Memory
+    duration: Duration
+
+
+def faults(scenario: Scenario) -> list[str]:
+    """Why this scenario cannot run at all, whatever it holds; sentences as in validate.py."""
+    config, count, hf_config = scenario.config, scenario.machine.count, scenario.model.hf_config
+    if numbers := check_numbers(config):
+        return numbers
+    found = [
+        *check_batch(config, count),
+        *check_layout(config.parallel, world_size=count, device="cuda"),
+        *check_cut(config.parallel, hf_config),
+        *check_experts(config.parallel, hf_config),
+        *check_lengths(config, hf_config),
+        *check_engines(
+            config.rollout,
+            world_size=count,
+            ranks_per_stage=max(1, count // config.parallel.pipeline),
+            is_cuda=True,
+            dtype=config.model.dtype,
+            hf_config=hf_config,
+            needs_vllm=False,  # a plan is not made on the machine that will run it
+        ),
+    ]
+    if scenario.teacher_model is not None:
+        found += [
+            fault.replace("model.path", "teacher.path")
+            for fault in check_cut(config.parallel, scenario.teacher_model.hf_config)
+        ]
+    return found
+
+
+def best_layouts(scenario: Scenario, *, most: int = 5) -> list[Layout]:
+    """The quickest `most` that fit, one for each way to cut the policy.
+
+    Where none fits beside the engines: with engines in FP8, else with engines on nodes of their
+    own, one node for each four of the trainer's.
+    """
+    for config in _with_lighter_engines(scenario):
+        if found := _search(scenario, config):
+            return sorted(found, key=_rank)[:most]
+    return []
+
+
+def _with_lighter_engines(scenario: Scenario) -> Iterator[Config]:
+    config = scenario.config
+    yield config
+    vllm = config.rollout.vllm
+    if not scenario.has_vllm_here:
+        return
+    if vllm.quantization == "none":
+        yield _with_vllm(config, replace(vllm, quantization="fp8"))
+    engines = max(1, scenario.machine.nodes // 4)
+    yield _with_vllm(
+        config,
+        replace(
+            vllm,
+            placement="server",
+            engines=engines,
+            tensor=GPUS_PER_NODE,
+            gpu_memory_utilization=0.9,
+        ),
+    )
+
+
+def _search(scenario: Scenario, start: Config) -> list[Layout]:
+    """`start` is where the search begins, the scenario's configuration what overrides change."""
+    best: dict[Any, Layout] = {}
+    for config in _trainers(replace(scenario, config=start)):
+        candidate = replace(scenario, config=config)
+        if faults(candidate):
+            continue
+        for engines in _engines(candidate):
+            tried = replace(scenario, config=engines)
+            held = memory(tried)
+            if not held.fits:
+                continue
+            layout = Layout(
+                overrides=_overrides(scenario.config, engines),
+                memory=held,
+                duration=duration(tried, held, with_sync=False),
+            )
+            key = engines.parallel
+            if key not in best or _rank(layout) < _rank(best[key]):
+                best[key] = layout
+    return list(best.values())
+
+
+def _rank(layout: Layout) -> tuple[float, int, int]:
+    """Quicker; as quick, then nearer to the configuration; then smaller."""
+    return round(layout.duration.total, 1), len(layout.overrides), layout.memory.peak
+
+
+def _trainers(scenario: Scenario) -> Iterator[Config]:
+    config, count, model = scenario.config, scenario.machine.count, scenario.model
+    longest = longest_view(config, model.hf_config)
+    budgets = {longest * n for n in MICROBATCHES} | {config.optimizer.max_tokens_per_microbatch}
+    layouts = [
+        replace(
+            config.parallel,
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence=tensor > 1,
+            expert=expert,
+            expert_tensor=None if expert > 1 or not model.experts or tensor == 1 else 1,
+        )
+        for tensor in TENSOR
+        for pipeline in PIPELINE
+        for expert in (EXPERT if model.experts else (1,))
+        if count % (tensor * pipeline) == 0 and count // pipeline % expert == 0
+    ]
+    for parallel in layouts:
+        for recompute in ("none", "full"):
+            for budget in budgets:
+                yield replace(
+                    config,
+                    parallel=parallel,
+                    model=replace(config.model, recompute=recompute),
+                    optimizer=replace(config.optimizer, max_tokens_per_microbatch=budget),
+                )
+
+
+def _engines(scenario: Scenario) -> Iterator[Config]:
+    """Every size of a colocated engine, with the largest share of memory that fits beside it."""
+    config = scenario.config
+    if not scenario.has_vllm_here:
+        yield config
+        return
+    for tensor in ENGINE_TENSOR:
+        shares_experts = bool(scenario.model.experts) and tensor > 1
+        vllm = replace(config.rollout.vllm, tensor=tensor, expert_parallel=shares_experts)
+        sized = _with_vllm(config, vllm)
+        if faults(replace(scenario, config=sized)):
+            continue
+        empty = _with_vllm(config, replace(vllm, gpu_memory_utilization=0.0, kv_cache_gib=0.0))
+        held = memory(replace(scenario, config=empty))
+        room = held.capacity - held.standing - held.margin
+        share = next((share for share in SHARES if share * held.capacity <= room), None)
+        if share is not None:
+            yield _with_vllm(config, replace(vllm, gpu_memory_utilization=share))
+
+
+def _with_vllm(config: Config, vllm: Any) -> Config:
+    return replace(config, rollout=replace(config.rollout, vllm=vllm))
+
+
+def _overrides(old: Config, new: Config) -> dict[str, Any]:
+    """The keys of a layout at which two configurations differ."""
+    found: dict[str, Any] = {}
+    for key, one, other in (
+        ("parallel", old.parallel, new.parallel),
+        ("model", old.model, new.model),
+        ("optimizer", old.optimizer, new.optimizer),
+        ("rollout.vllm", old.rollout.vllm, new.rollout.vllm),
+    ):
+        for name in vars(other):
+            if getattr(one, name) != getattr(other, name):
+                found[f"{key}.{name}"] = getattr(other, name)
+    return found

@@ -1,0 +1,83 @@
+"""The planner's lists of what Transformer Engine's layers save, and its peak, against a GPU."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megasd.planner.activations import Cut, layer_working, saved_on_stage
+from megasd.planner.buffers import held_bytes
+from megasd.planner.model import Model
+from megasd.policy.config import ParallelConfig
+from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
+from megasd.weights.hf_folder import read_hf_config
+from tests.distributed import planner_cases as cases
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SIZES: dict[str, Any] = {
+    "vocab": 1024,
+    "hidden": 1024,
+    "layers": 4,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 128,
+    "intermediate": 3072,
+    "max_position_embeddings": 8192,
+    "tie": False,
+}
+COUNT, LENGTH = 4, 2048
+
+
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    if request.param == "dense":
+        return tiny_qwen3(path, **SIZES)
+    return tiny_qwen3_moe(path, experts=8, moe_intermediate=768, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def engine() -> str:
+    from megasd.policy import backend
+
+    os.environ.pop("RANK", None)
+    started = backend.start("cuda")
+    if not torch.distributed.is_initialized():
+        backend.join_ranks(started, timeout_seconds=60)
+    return "transformer_engine" if started.transformer_engine else "local"
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_forward_on_a_gpu_saves_what_the_planner_counts_and_peaks_where_it_says(
+    recompute: str, folder: Path, engine: Any
+) -> None:
+    """10% of the saved tensors, and of the peak of a forward and a backward pass."""
+    from megasd.testing.ranks import forget_model_parallel
+
+    forget_model_parallel()  # the policy of the test before
+    model = Model.of(read_hf_config(folder))
+    settings = {"device": "cuda", "dtype": "bfloat16", "recompute": recompute}
+    before = torch.cuda.memory_allocated()
+    (saved,), peak = cases.saved_and_peak(folder, settings, [(COUNT, LENGTH)])
+    cut = Cut(
+        model=model,
+        parallel=ParallelConfig(),
+        tokens=COUNT * LENGTH,
+        longest=LENGTH,
+        dtype_bytes=2,
+        engine=engine,
+    )
+    planned = saved_on_stage(cut, stage=0, recompute=recompute == "full", in_flight=1)
+    assert planned == pytest.approx(saved, rel=0.1)
+    held = held_bytes(model, ParallelConfig(), world_size=1, stage=0, dtype_bytes=2)
+    standing = held.weights + held.gradients + held.optimizer
+    working = layer_working(cut)
+    if recompute == "full":
+        working += saved_on_stage(cut, stage=-1, recompute=False, in_flight=1) / model.layers
+    assert standing + planned + working == pytest.approx(peak - before, rel=0.1)

@@ -1,0 +1,88 @@
+"""Training as Slurm jobs: what the cluster does to a run leaves no trace in its metrics."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from megasd.cli import main
+from megasd.metrics.records import METRICS_FILE, read_rows
+from megasd.testing.slurm import VirtualSlurm
+from tests.end_to_end import workspace
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+SITE = """
+gpus_per_node: 2
+time: "10"
+signal_lead_seconds: 60
+grace_seconds: 2
+"""
+LAYOUT = ["parallel.tensor=2", "run.device=cpu", "checkpoint.export_hf=false"]
+
+
+def submit(name: str, capsys: pytest.CaptureFixture[str], *arguments: str, steps: int) -> str:
+    """The id of the job."""
+    config = workspace.config(Path.cwd(), name, steps=steps, every=100)
+    given = ["--site", "site.yaml", "--env", f"PYTHONPATH={ROOT}", *arguments]
+    assert main(["submit", str(config), *LAYOUT, *given]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out.strip()
+
+
+ROOT = Path(__file__).parents[2]  # of the tests' own verifier
+
+
+def rows(run: Path) -> int:
+    return len(read_rows(run / METRICS_FILE)) if (run / METRICS_FILE).exists() else 0
+
+
+def logs(run: Path) -> str:
+    """For the message of a failure."""
+    return "\n".join(f"{path}:\n{path.read_text()}" for path in sorted(run.rglob("*.log")))
+
+
+def test_a_run_that_is_preempted_and_loses_a_node_equals_one_that_was_left_alone(
+    slurm: VirtualSlurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workspace.make(tmp_path))
+    Path("site.yaml").write_text(SITE)
+    whole = submit("whole", capsys, "--nodes=2", steps=STEPS)
+    disturbed = submit("disturbed", capsys, "--nodes=2", steps=STEPS)
+    run = tmp_path / "disturbed"
+
+    assert slurm.wait(whole, timeout=120)["JobState"] == "COMPLETED", logs(tmp_path / "whole")
+    slurm.until(lambda: rows(run) >= 2, "two steps", 120)
+    slurm.run("scancel", "--signal=USR1", "--batch", disturbed)
+    slurm.until(lambda: slurm.job(disturbed)["Restarts"] == "1", "a requeue")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    saved = int(checkpoint.name.removeprefix("step_"))
+    assert 2 <= saved < STEPS
+    slurm.until(lambda: rows(run) > saved, "a step after the first resumption", 120)
+    slurm.fail_node(slurm.job(disturbed)["NodeList"].replace("[", "").split("-")[0])
+    ended = slurm.wait(disturbed, timeout=120)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), logs(run)
+
+    assert workspace.untimed_rows(run) == workspace.untimed_rows(tmp_path / "whole")
+    assert [row["step"] for row in workspace.untimed_rows(run)] == [*range(STEPS), STEPS]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm")
+def test_a_run_samples_with_engines_on_nodes_of_their_own(
+    slurm: VirtualSlurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workspace.make(tmp_path, head_dim=32))
+    Path("site.yaml").write_text(SITE)
+    engine = ["rollout.engine=vllm", "rollout.vllm.placement=server"]
+    engine += ["rollout.vllm.kv_cache_gib=0.25", "evaluation.files=[]"]
+    job = submit("served", capsys, *engine, steps=1)
+    ended = slurm.wait(job, timeout=180)
+    assert (ended["JobState"], ended["NumNodes"]) == ("COMPLETED", "2"), logs(tmp_path / "served")
+    (row,) = read_rows(tmp_path / "served" / METRICS_FILE)
+    assert row["engine/tokens_per_second"] > 0
