@@ -2,7 +2,8 @@
 """Stands in for the interpreter of a job: notes how it was started, and ends as it is told.
 
 RECORD is a folder for the notes; BEHAVIOUR has a word for each start of the job: an exit code,
-`wait` (until SIGUSR1, then 85), `hang` (for ever), or `save,CODE` (leaves a checkpoint first).
+`wait` (until SIGUSR1, then 85), `hang` (for ever), `save,CODE` (leaves a checkpoint first), or
+`alone,CODE` (the other ranks hang).
 """
 
 import json
@@ -17,6 +18,8 @@ def behave(words: list[str], attempt: int, run: Path) -> int:
     *before, word = words[min(attempt, len(words) - 1)].split(",")
     if "save" in before:
         (run / "checkpoints" / f"step_{attempt:06d}").mkdir(parents=True, exist_ok=True)
+    if "alone" in before and os.environ["SLURM_PROCID"] != "0":
+        word = "hang"
     if word == "wait":
         while signal.SIGUSR1 not in signal.sigpending():
             time.sleep(0.02)

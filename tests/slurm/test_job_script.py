@@ -20,7 +20,6 @@ SITE = """
 python: {python}
 gpus_per_node: 2
 time: "10"
-grace_seconds: 1
 max_crashes: 2
 signal_lead_seconds: 60
 """
@@ -134,7 +133,9 @@ def test_what_a_user_cancels_stays_cancelled(slurm: VirtualSlurm, place: Workpla
 def test_crashes_are_tried_again_until_two_come_without_a_new_checkpoint(
     slurm: VirtualSlurm, place: Workplace
 ) -> None:
-    (job,) = place.submit("1 save,1 1 0")
+    with Path("site.yaml").open("a") as site:
+        site.write("grace_seconds: 2\n")  # for those that wait for a rank which is gone
+    (job,) = place.submit("alone,1 save,1 1 0")
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2"), place.log(job)
     assert "2 crashes without a new checkpoint" in place.log(job)
