@@ -1,9 +1,11 @@
 """What ranks run for the tests of checkpoints."""
 
 import contextlib
+import dataclasses
 import io
 import resource
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ def _a_run(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> tuple
     prompts = Prompts(
         [Prompt(index=i, messages=(), token_ids=np.array([i])) for i in range(7)], seed=0
     )
-    return policy, prompts, Checkpoints(CheckpointConfig(keep=2), run_folder, policy, prompts)
+    config = CheckpointConfig(every=3, keep=2)
+    return policy, prompts, Checkpoints(config, run_folder, policy, prompts)
 
 
 def _learn(policy: Any, prompts: Any, steps: range) -> list[Any]:
@@ -45,12 +48,38 @@ def _everything(policy: Any, seen: list[Any]) -> dict[str, Any]:
     return {"seen": seen, "weights": cases.weights_of(policy), "version": policy.version}
 
 
+@contextlib.contextmanager
+def _slow_disk() -> Iterator[None]:
+    """Not a byte of a checkpoint is written before the end of it."""
+    from megasd.checkpoint import writer
+
+    has_room, write = threading.Event(), writer._write
+
+    def wait_and_write(*args: Any) -> Any:
+        assert has_room.wait(60)
+        return write(*args)
+
+    writer._write = wait_and_write
+    try:
+        yield
+    finally:
+        has_room.set()
+        writer._write = write
+
+
 def save_in_the_middle(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> Any:
+    """Written while the run goes on."""
     policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
     _learn(policy, prompts, range(3))
     checkpoints.memory["seen"] = torch.arange(3.0)
-    checkpoints.save(3)
-    return _everything(policy, _learn(policy, prompts, range(3, 6)))
+    with _slow_disk():
+        checkpoints.save_if_due(2, last=False)
+        checkpoints.memory["seen"] += 1
+        everything = _everything(policy, _learn(policy, prompts, range(3, 6)))
+        checkpoints.save_if_due(3, last=False)
+        assert not list(checkpoints.folder.glob("step_*"))
+    checkpoints.close()
+    return everything
 
 
 def resume(
@@ -63,8 +92,7 @@ def resume(
         checkpoints.restore()
     assert checkpoints.next_step == 3
     assert checkpoints.memory["seen"].tolist() == [0, 1, 2], "what the algorithm remembers"
-    notes = [line for line in said.getvalue().splitlines() if line.startswith("megasd: note: ")]
-    return _everything(policy, _learn(policy, prompts, range(3, 6))), notes
+    return _everything(policy, _learn(policy, prompts, range(3, 6))), _sentences(said)
 
 
 def resume_what_is_not_this_run(folder: Path, run_folder: Path) -> str:
@@ -72,6 +100,85 @@ def resume_what_is_not_this_run(folder: Path, run_folder: Path) -> str:
     with pytest.raises(ValueError, match="resume") as failure:
         checkpoints.restore()
     return str(failure.value)
+
+
+def save_three(folder: Path, run_folder: Path) -> list[float]:
+    """After the first, second and third step; a weight at each."""
+    policy, prompts, checkpoints = _a_run(folder, run_folder, {})
+    checkpoints.config = dataclasses.replace(checkpoints.config, keep=3)
+    seen = []
+    for step in range(3):
+        _learn(policy, prompts, range(step, step + 1))
+        checkpoints.save(step + 1)
+        seen.append(_some_weight(policy))
+    return seen
+
+
+def _some_weight(policy: Any) -> float:
+    return float(policy.state.gpt.decoder.layers[0].mlp.linear_fc1.weight.detach()[0, 0])
+
+
+def restore(folder: Path, run_folder: Path) -> tuple[int, float, list[str], str]:
+    """The step and the weight it goes on from, what was printed, and the sentence of a refusal."""
+    policy, _, checkpoints = _a_run(folder, run_folder, {})
+    refusal = ""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            checkpoints.restore()
+        except ValueError as error:
+            refusal = str(error)
+    return checkpoints.next_step, _some_weight(policy), _sentences(said), refusal
+
+
+def _sentences(said: io.StringIO) -> list[str]:
+    """What megasd printed, without the warnings of libraries."""
+    return [line for line in said.getvalue().splitlines() if line.startswith("megasd: ")]
+
+
+def restore_and_save(folder: Path, run_folder: Path) -> None:
+    _, _, checkpoints = _a_run(folder, run_folder, {})
+    checkpoints.restore()
+    checkpoints.save(checkpoints.next_step + 1)
+
+
+def save_on_a_disk_that_is_full_for_a_while(folder: Path, run_folder: Path) -> list[str]:
+    """What the first rank prints in three steps, the first two of which find no room."""
+    import torch.distributed as dist
+
+    _, _, checkpoints = _a_run(folder, run_folder, {})
+    from megasd.checkpoint.checkpoints import SaveError
+
+    checkpoints.config = dataclasses.replace(checkpoints.config, every=4)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        with _full_disk(dist.get_rank() == 1):
+            checkpoints.save_if_due(3, last=False)
+            checkpoints.close()
+            checkpoints.save_if_due(4, last=False)
+            checkpoints.close()
+        checkpoints.save_if_due(5, last=False)
+        checkpoints.close()
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_000006"]
+    checkpoints.save_if_due(6, last=False)
+    with _full_disk(dist.get_rank() == 1):
+        for step in range(7, 10):
+            checkpoints.save_if_due(step, last=False)
+            checkpoints.close()
+        with pytest.raises(SaveError, match="step_000010 could not be written"):
+            checkpoints.save_if_due(10, last=False)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_000006"]
+    return _sentences(said)
+
+
+@contextlib.contextmanager
+def _full_disk(is_full: bool) -> Iterator[None]:
+    """This rank cannot write files of more than 10 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if is_full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def restore_weights(policy: Any, run_folder: Path) -> None:
@@ -100,24 +207,18 @@ def weights_after_three_steps(folder: Path, settings: Mapping[str, Any]) -> dict
 
 
 def fail_to_save(folder: Path, run_folder: Path, failing_rank: int) -> list[int]:
-    """One rank cannot write files of more than 10 kB, as on a full disk: every rank hears of it."""
+    """One rank has a full disk: every rank hears of it."""
     import torch.distributed as dist
 
     _, _, checkpoints = _a_run(folder, run_folder, {})
     from megasd.checkpoint.checkpoints import SaveError, saved_steps
 
     checkpoints.save(1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == failing_rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        # Where the limit is met decides which of torch's layers words the cause.
-        cause = rf"rank {failing_rank}: .*\w"
-        sentence = rf"step_000002 could not be written \(.*{cause}.*free.*\[1\].*--resume"
-        with pytest.raises(SaveError, match=sentence):
-            checkpoints.save(2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # Where the limit is met decides which of torch's layers words the cause.
+    cause = rf"rank {failing_rank}: .*\w"
+    sentence = rf"step_000002 could not be written \(.*{cause}.*free.*\[1\].*--resume"
+    with pytest.raises(SaveError, match=sentence), _full_disk(dist.get_rank() == failing_rank):
+        checkpoints.save(2)
     checkpoints.restore()  # the earlier one is still good
     assert checkpoints.next_step == 1
     checkpoints.save(2)  # and with room again, saving works

@@ -1,5 +1,7 @@
 """A resumed run is the run that was never stopped; a failed save costs nothing but itself."""
 
+import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,77 @@ def test_a_full_disk_leaves_the_previous_checkpoint_good(
     assert results == [[1, 2], [1, 2]]
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step_000001", "step_000002"]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing_but_the_checkpoint(
+    folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Saved after a later step; where room stays away, the run stops after three failures."""
+    said, silence = ranks.run(
+        cases.save_on_a_disk_that_is_full_for_a_while, folder, tmp_path, world_size=2
+    )
+    assert silence == []
+    assert len(said) == 2
+    for step, sentence in zip((4, 5), said, strict=True):
+        assert f"step_{step:06d} could not be written (rank 1: " in sentence
+        assert sentence.endswith("the run goes on, and saves after the next step")
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "cut short": (cut, r"has \d+ bytes instead of \d+|cannot be read"),
+    "a bit": (flip, "has other bytes than were written|cannot be read"),
+    "missing": (Path.unlink, "cannot be read|has no manifest"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_run_goes_on_from_the_last_checkpoint_that_is_still_what_was_written(
+    kind: str, folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    harm, words = DAMAGE[kind]
+    weights, _ = ranks.run(cases.save_three, folder, tmp_path, world_size=2)
+    checkpoints = tmp_path / "checkpoints"
+    files = sorted(path.name for path in (checkpoints / "step_000003").iterdir())
+    shards = [name for name in files if name.endswith(".distcp")]
+    assert {*files} - {*shards} == {".metadata", "common.pt", "manifest.json", "metadata.json"}
+    assert {name[:4] for name in shards} == {"__0_", "__1_"}, "of both ranks"
+    (checkpoints / "partial_000009").mkdir()
+    harm(checkpoints / "step_000003" / random.Random(kind).choice(files))
+    found = ranks.run(cases.restore, folder, tmp_path, world_size=2)
+    assert [len(said) for _, _, said, _ in found] == [1, 0], "the first rank speaks"
+    for step, weight, said, refusal in found:
+        assert (step, weight, refusal) == (2, weights[1], "")
+        for sentence in said:
+            assert re.search(rf"warning: .*step_000003 .*({words}).* is put aside", sentence)
+    left = ["damaged_000003", "step_000001", "step_000002"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == left
+
+    ranks.run(cases.restore_and_save, folder, tmp_path, world_size=1)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_without_a_whole_checkpoint_a_run_does_not_begin_again_by_itself(
+    folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    ranks.run(cases.save_three, folder, tmp_path, world_size=1)
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        cut(checkpoints / f"step_{step:06d}" / "common.pt")
+    ((step, _, said, refusal),) = ranks.run(cases.restore, folder, tmp_path, world_size=1)
+    assert (step, said) == (0, [])
+    assert re.search("no checkpoint is whole: .*step_000003 common.pt has .*step_000001", refusal)
+    assert len(list(checkpoints.glob("step_*"))) == 3, "nothing is taken away"
 
 
 def test_megatrons_faults_are_still_there(folder: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -1,0 +1,182 @@
+"""Writing a checkpoint beside the training: the ranks plan and copy, a thread of each writes.
+
+What Megatron's `dist_checkpointing.save` does in one go, in three parts. `stage` ends with copies
+in host memory that no later step changes; the thread writes, forces to disk and checksums this
+rank's files; the first rank's thread, once all have, writes what describes them and renames the
+folder. The threads talk over a process group of their own, so a checkpoint is complete as soon as
+it is written, whatever the ranks are doing by then.
+"""
+
+import io
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megasd.checkpoint.manifest import MANIFEST_FILE, Files, describe, write_manifest
+
+_COMMON_FILE = "common.pt"
+_FORMAT = ("torch_dist", 1)
+
+# A queue of Megatron's writer that would cost a process for each rank; here nobody uses it.
+filesystem_async._get_write_results_queue = lambda: None
+
+
+class _Plan(TorchDistSaveShardedStrategy):
+    """Megatron's plan of who writes which shard; the writing is ours."""
+
+    writer: Any
+    metadata: Any  # of the whole checkpoint, on the first rank
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        self.writer, self.metadata = writer, save_state_dict_ret[1]
+        return AsyncRequest(None, (), [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """What this rank has to write: copies, and Megatron's plan."""
+
+    plan: _Plan
+    buckets: list[Any]  # one per file: (path, name, (byte items, tensor items))
+    common: bytes  # what is not sharded
+
+
+def stage(state: dict[str, Any], folder: Path, *, is_cuda: bool) -> Staged:
+    """Plan and copy; called by all ranks, and `folder` exists."""
+    sharded: Any
+    sharded, common = save_preprocess(state)
+    plan = _Plan(*_FORMAT)
+    plan.async_save(sharded, folder)
+    buckets = [
+        (path, name, (items, [(item, _copy(tensor, is_cuda)) for item, tensor in tensors]))
+        for path, name, (items, tensors) in plan.writer.write_buckets
+    ]
+    if is_cuda:
+        torch.cuda.synchronize()
+    plan.writer.write_buckets = None  # it refers to the tensors that were copied
+    return Staged(plan=plan, buckets=buckets, common=_as_bytes(common))
+
+
+def _copy(tensor: torch.Tensor, is_cuda: bool) -> torch.Tensor:
+    # Of a model on a GPU, what lies in host memory was gathered for this checkpoint: no step
+    # changes it, and it can be most of the bytes. Only counters live there.
+    is_fresh = is_cuda and not tensor.is_cuda and tensor.dim() > 0
+    return tensor if is_fresh else tensor.to("cpu", non_blocking=is_cuda, copy=True)
+
+
+def _as_bytes(values: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(values, file)
+    return file.getvalue()
+
+
+class Writing:
+    """A checkpoint on its way to the disk: started by all ranks, at once on each."""
+
+    def __init__(
+        self, staged: Staged, partial: Path, group: dist.ProcessGroup, publish: Callable[[], None]
+    ) -> None:
+        """`publish` runs on the first rank when all is on the disk, and gives it its name."""
+        self.failure: str | None = None  # the same on every rank, once it is done
+        self._staged: Staged | None = staged
+        self._partial = partial
+        self._group = group
+        self._publish = publish
+        self._thread = threading.Thread(target=self._run, name="megasd-checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._write_together()
+        except Exception as error:  # a rank is gone: the training ends as well
+            self.failure = f"rank {dist.get_rank()}: {in_words(error)}"
+
+    def _write_together(self) -> None:
+        staged, self._staged = self._staged, None
+        assert staged is not None
+        results, files, failure = [], {}, None
+        try:
+            results, files = _write(staged, self._partial)
+        except Exception as error:
+            failure = in_words(error)
+        is_first = dist.get_rank() == 0
+        said: list[Any] | None = [None] * dist.get_world_size() if is_first else None
+        dist.gather_object((results, files, failure), said, dst=0, group=self._group)
+        outcome: list[str | None] = [None]
+        if said is not None:
+            outcome = [self._finish(staged.plan, said)]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        self.failure = outcome[0]
+
+    def _finish(self, plan: _Plan, said: list[Any]) -> str | None:
+        """On the first rank, when every rank has written: what went wrong, or None."""
+        if failures := [f"rank {i}: {one[2]}" for i, one in enumerate(said) if one[2] is not None]:
+            return "; ".join(failures)
+        try:
+            plan.writer.finish(plan.metadata, [results for results, _, _ in said])
+            save_config(CheckpointingConfig(*_FORMAT), str(self._partial))
+            files = {name: entry for _, files, _ in said for name, entry in files.items()}
+            rest = [p.name for p in self._partial.iterdir() if p.name not in files]
+            write_manifest(self._partial, files | describe(self._partial, rest))
+            force_to_disk(*(self._partial / name for name in (*rest, MANIFEST_FILE)), self._partial)
+            self._publish()
+        except Exception as error:
+            return f"rank 0: {in_words(error)}"
+        return None
+
+
+def _write(staged: Staged, folder: Path) -> tuple[list[Any], Files]:
+    """This rank's files, on the disk: Megatron's account of them, and ours."""
+    if dist.get_rank() == 0:
+        (folder / _COMMON_FILE).write_bytes(staged.common)
+    if not staged.buckets:
+        return [], {}
+    with ThreadPoolExecutor(len(staged.buckets)) as threads:
+        written = list(threads.map(lambda bucket: _write_bucket(staged, bucket), staged.buckets))
+    files = describe(folder, [name for _, name, _ in staged.buckets])
+    return [result for results in written for result in results], files
+
+
+def _write_bucket(staged: Staged, bucket: Any) -> list[Any]:
+    """One file, by Megatron's writer; it ends with fsync."""
+    writer, results, place = staged.plan.writer, queue.SimpleQueue(), queue.Queue()
+    place.put(0)
+    transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+    type(writer).write_preloaded_data(transforms, 0, bucket, results, place, use_fsync=True)
+    _, written = results.get_nowait()
+    if isinstance(written, Exception):
+        raise written
+    return written
+
+
+def force_to_disk(*paths: Path) -> None:
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def in_words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
