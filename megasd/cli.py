@@ -1,7 +1,8 @@
 """The command line. Imports nothing heavy: what a command needs is imported when it runs.
 
 Exit codes: 0 done, 2 the user's input cannot be used (one sentence per fault on stderr), 85 a run
-saved and stopped before its end because it was sent SIGUSR1: start it again.
+saved and stopped before its end because it was sent SIGUSR1, 86 nothing happened any more and the
+watchdog ended the run: start it again.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def _add_train(commands: Any) -> None:
         "       megasd train [CONFIG] --resume RUN_FOLDER [key=value ...]",
         description="Every process of the run starts this command (srun, torchrun). key=value "
         "overrides the config file: optimizer.lr=1e-6. Of a resumed run only run.steps, "
-        "parallel.*, checkpoint.*, metrics.* and evaluation.* may change.",
+        "parallel.*, checkpoint.*, metrics.*, evaluation.* and watchdog.* may change.",
     )
     train.add_argument("items", nargs="*", metavar="CONFIG | key=value")
     train.add_argument("--resume", metavar="RUN_FOLDER", help="continue its newest checkpoint")

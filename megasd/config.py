@@ -44,6 +44,15 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """`watchdog:` when a run in which nothing happens is ended, to be started again."""
+
+    factor: float = 10.0  # times the median time of a step, or of an evaluation; 0: never
+    minimum_seconds: float = 600.0  # however short the steps are
+    slow_seconds: float = 3600.0  # start, first step, first evaluation, waits for a checkpoint
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything about a run. `algorithm` is the dataclass of the method itself."""
 
@@ -61,6 +70,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 

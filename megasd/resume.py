@@ -14,9 +14,10 @@ from megasd.config import (
 )
 from megasd.metrics.run_folder import CONFIG_FILE
 
-MAY_CHANGE = ("run.steps", "parallel", "checkpoint", "metrics", "evaluation")
+MAY_CHANGE = ("run.steps", "parallel", "checkpoint", "metrics", "evaluation", "watchdog")
 _RULE = (
-    "a resumed run may only change run.steps, parallel.*, checkpoint.*, metrics.* and evaluation.*"
+    "a resumed run may only change run.steps, parallel.*, checkpoint.*, metrics.*, evaluation.* "
+    "and watchdog.*"
 )
 
 

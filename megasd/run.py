@@ -16,6 +16,7 @@ from megasd.data.datasets import load_prompts
 from megasd.data.prompts import Prompts
 from megasd.data.tokenizer import load_tokenizer
 from megasd.evaluation.evaluator import Evaluator
+from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
 from megasd.metrics.run_folder import create_run_folder
 from megasd.policy import backend
@@ -28,6 +29,7 @@ from megasd.rollout.solutions import SolutionsEngine
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt
 from megasd.validate import context_length, needs_rewards, needs_solutions, run_folder
+from megasd.watchdog import Watchdog
 from megasd.weights.hf_folder import read_hf_config
 
 if TYPE_CHECKING:
@@ -57,17 +59,20 @@ def start_training(config: Config, *, resume: bool) -> bool:
     data = _read_data(config)
     folder = run_folder(config)
     with _process_group(config, started):
-        policy = _build_policy(config, started)
-        if not resume and dist.get_rank() == 0:
-            create_run_folder(
-                folder, config=to_yaml(config), seed=config.run.seed, command=sys.argv
-            )
-        dist.barrier()
-        checkpoints = Checkpoints(config.checkpoint, folder, policy, data.prompts)
-        if resume:
-            checkpoints.restore()
         with contextlib.ExitStack() as stack:
-            is_done = train(_assemble(config, data, policy, checkpoints, folder, stack))
+            phases = Phases()
+            stack.enter_context(Watchdog(config.watchdog, folder, phases))
+            policy = _build_policy(config, started)
+            if not resume and dist.get_rank() == 0:
+                create_run_folder(
+                    folder, config=to_yaml(config), seed=config.run.seed, command=sys.argv
+                )
+            dist.barrier()
+            checkpoints = Checkpoints(config.checkpoint, folder, policy, data.prompts)
+            stack.callback(checkpoints.close)
+            if resume:
+                checkpoints.restore()
+            is_done = train(_assemble(config, data, policy, checkpoints, folder, phases, stack))
         if is_done and config.checkpoint.export_hf:
             export_hf(policy, config.model.path, folder / "hf", replace=True)
     return is_done
@@ -97,9 +102,11 @@ def _assemble(
     policy: "Policy",
     checkpoints: "Checkpoints",
     folder: Path,
+    phases: Phases,
     stack: contextlib.ExitStack,
 ) -> "Job":
     """What the loop runs on this rank; `stack` closes what must be closed."""
+    from megasd.diagnostics import Diagnostics
     from megasd.reading import Reader
     from megasd.train import Job
 
@@ -138,6 +145,12 @@ def _assemble(
         evaluator=_evaluator(config, data, engines, scorer, spread, folder),
         checkpoints=checkpoints,
         metrics=stack.enter_context(metrics),
+        diagnostics=Diagnostics(
+            folder,
+            config=to_yaml(config),
+            max_skipped_in_a_row=config.optimizer.max_skipped_in_a_row,
+        ),
+        phases=phases,
         steps=config.run.steps,
         minibatches=config.optimizer.minibatches_per_step,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megasd import interrupt
 from megasd.algorithms.base import Algorithm
 from megasd.checkpoint.checkpoints import Checkpoints
+from megasd.diagnostics import Diagnostics
 from megasd.evaluation.evaluator import Evaluator
 from megasd.experience import Collector
 from megasd.metrics.phases import Phases
@@ -26,6 +27,8 @@ class Job:
     evaluator: Evaluator
     checkpoints: Checkpoints
     metrics: Metrics
+    diagnostics: Diagnostics
+    phases: Phases  # where the run is, also for the watchdog
     steps: int
     minibatches: int
 
@@ -35,7 +38,7 @@ def train(job: Job) -> bool:
 
     False: the cluster wants its nodes back; all is saved, and some steps are still to be done.
     """
-    algorithm, policy, phases = job.algorithm, job.policy, Phases()
+    algorithm, policy, phases = job.algorithm, job.policy, job.phases
     for step in range(job.checkpoints.next_step, job.steps):
         values: dict[str, float] = {}
         evaluates = job.evaluator.is_due(step)
@@ -68,6 +71,7 @@ def train(job: Job) -> bool:
         values["data/epoch"] = job.collector.prompts.epoch
         values |= phases.finish_step(experience.metrics["rollout/tokens"])
         job.metrics.log(step, values)
+        job.diagnostics.stop_if_stuck(step, experience, batch, credit, updates)
         is_last = step + 1 == job.steps
         must_stop = not is_last and interrupt.is_asked_anywhere()
         with phases("checkpoint"):
@@ -76,6 +80,9 @@ def train(job: Job) -> bool:
             return False
 
     if job.evaluator.has_prompts:
-        job.engines.send(policy)
-        job.metrics.log(job.steps, job.evaluator.evaluate(job.steps))
+        with phases("sync"):
+            job.engines.send(policy)
+        with phases("evaluation"):
+            values = job.evaluator.evaluate(job.steps)
+        job.metrics.log(job.steps, values)
     return True

@@ -42,6 +42,11 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict)  # what the row's verifier needs
     where: str = ""  # "file.jsonl:12", for messages
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.where or f"prompt {self.index}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
@@ -55,6 +60,11 @@ class Rollout:
     text: str  # decoded without special tokens
     finish_reason: FinishReason
     policy_version: int  # optimizer steps behind the weights that sampled it
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.prompt.name} sample {self.sample}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

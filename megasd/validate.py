@@ -55,9 +55,11 @@ AT_LEAST_0 = (
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "optimizer.clip_grad_norm",
+    "optimizer.max_skipped_in_a_row",
     "checkpoint.every",
     "evaluation.every",
     "evaluation.temperature",
+    "watchdog.factor",
 )
 ABOVE_0 = (
     "rollout.temperature",
@@ -67,6 +69,8 @@ ABOVE_0 = (
     "rollout.sync.probe_gap",
     "reward.timeout_seconds",
     "optimizer.eps",
+    "watchdog.minimum_seconds",
+    "watchdog.slow_seconds",
 )
 
 

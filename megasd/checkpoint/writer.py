@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megasd.checkpoint.manifest import MANIFEST_FILE, Files, describe, write_manifest
+from megasd.waiting import waiting_for
 
 _COMMON_FILE = "common.pt"
 _FORMAT = ("torch_dist", 1)
@@ -103,7 +104,9 @@ class Writing:
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        self._thread.join()
+        """On all ranks at once: they have the same patience."""
+        with waiting_for(lambda: f"the files of {self._partial}", may_take_long=True):
+            self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -57,6 +57,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip_grad_norm: float = 1.0  # 0: no clipping; a non-finite norm always skips the step
+    clip_grad_norm: float = 1.0  # 0: no clipping; a non-finite norm or loss always skips the step
+    max_skipped_in_a_row: int = 5  # skipped optimizer steps, then the run stops; 0: never
     minibatches_per_step: int = 1  # optimizer steps per rollout batch
     max_tokens_per_microbatch: int = 16384  # of one forward pass; whole sequences only

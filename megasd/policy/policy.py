@@ -83,7 +83,7 @@ class Policy:
             self._load_other(teacher, model, limits) if teacher.weights == "checkpoint" else None
         )
         self.version = 0  # optimizer steps that changed the weights
-        self.skipped_steps = 0  # optimizer steps whose gradient was not finite
+        self.skipped_steps = 0  # optimizer steps whose loss or gradient was not finite
 
     def _load_other(
         self, teacher: TeacherConfig, model: ModelConfig, limits: Mapping[str, int]

@@ -1,7 +1,8 @@
 """One optimizer step over a mini-batch: loss per token, summed with global weights, clipped."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from megasd.types import (
     TokenLoss,
     View,
 )
+from megasd.weights.layout import stage_layers
 
 
 class _PackedStudent(StudentOutput):
@@ -93,7 +95,8 @@ class UpdateResult:
     """One optimizer step; `logprobs` and `entropy` [N] are those at its start, where `read`."""
 
     metrics: dict[str, float]
-    skipped: bool  # a non-finite gradient norm: weights and optimizer state are as before
+    skipped: bool  # non-finite loss or gradient norm: weights and optimizer state are as before
+    bad_gradients: Mapping[str, int]  # where skipped, on this rank: see `_bad_gradients`
     logprobs: PerToken
     entropy: PerToken
     read: Tensor
@@ -162,7 +165,7 @@ def update(
     """Gradient of sum(token loss x token weight) over mini-batch `minibatch`, then one step.
 
     Without `batch.old_logprobs` the old ones are the first forward's own, without gradient. A
-    step whose gradient norm is not finite is skipped: nothing changes, and it is counted.
+    step whose loss or gradient norm is not finite is skipped, on all ranks: nothing changes.
     """
     weights = token_weights(algorithm, batch, credit, minibatch, mismatch)
     read = weights != 0
@@ -199,14 +202,7 @@ def update(
     state.optimizer.zero_grad()
     forward.run(state.ddp, microbatches, finish, backward=True, device=state.device)
     dist.all_reduce(values)
-    grad_norm, skipped = _step(state)
-    num_tokens = int(read.sum())
-    metrics = _averages(sums, num_tokens=max(1, num_tokens))
-    lr = float(state.optimizer.param_groups[0]["lr"])
-    metrics |= {"grad_norm": grad_norm, "lr": lr, "tokens_in_update": float(num_tokens)}
-    return UpdateResult(
-        metrics=metrics, skipped=skipped, logprobs=values[0], entropy=values[1], read=read
-    )
+    return _finish(state, sums, values, read)
 
 
 def _token_loss(
@@ -234,12 +230,34 @@ def _token_loss(
     return TokenLoss(result.loss * correction, result.metrics)
 
 
-def _step(state: PolicyState) -> tuple[float, bool]:
-    """Clip by the global norm and step; (norm before clipping, whether the step was skipped)."""
+def _finish(
+    state: PolicyState, sums: Mapping[str, Tensor], values: Tensor, read: Tensor
+) -> UpdateResult:
+    """After the backward passes: sums over the ranks, the optimizer's step, what came of both."""
+    num_tokens = int(read.sum())
+    metrics = _averages(sums, num_tokens=max(1, num_tokens))
+    grad_norm, skipped = _step(state, loss=metrics["loss"])
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    metrics |= {"grad_norm": grad_norm, "lr": lr, "tokens_in_update": float(num_tokens)}
+    return UpdateResult(
+        metrics=metrics,
+        skipped=skipped,
+        bad_gradients=_bad_gradients(state) if skipped else {},
+        logprobs=values[0],
+        entropy=values[1],
+        read=read,
+    )
+
+
+def _step(state: PolicyState, *, loss: float) -> tuple[float, bool]:
+    """Clip by the global norm and step; (norm before clipping, whether the step was skipped).
+
+    Norm and loss are of all ranks, so all skip or none.
+    """
     state.scheduler.step(1)
     state.optimizer.prepare_grads()
     norm = float(state.optimizer.get_grad_norm())
-    if not math.isfinite(norm):
+    if not (math.isfinite(norm) and math.isfinite(loss)):
         return norm, True
     for part in state.optimizer.chained_optimizers:
         max_norm = part.config.clip_grad
@@ -250,10 +268,35 @@ def _step(state: PolicyState) -> tuple[float, bool]:
     return norm, False
 
 
+def _bad_gradients(state: PolicyState) -> dict[str, int]:
+    """By parameter, in the order of the forward pass: how many values are not finite, where any.
+
+    Read from Megatron's `main_grad`: in the shard that this rank's optimizer owns it is the sum
+    over the data-parallel ranks, in the rest what this rank alone has added. Layers are numbered
+    within the model, experts within the rank.
+    """
+    layers = stage_layers(state.gpt.config.num_layers, state.layout.pp_rank, state.layout.pp_size)
+    found = {}
+    for name, parameter in state.gpt.named_parameters():
+        gradient: Tensor = parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
+        if count := gradient.numel() - int(gradient.isfinite().sum()):
+            place = re.match(r"decoder\.layers\.(\d+)", name)
+            if place:
+                name = f"decoder.layers.{int(place[1]) + layers.start}{name[place.end() :]}"
+            found[name] = count
+    return found
+
+
 def _averages(sums: Mapping[str, Tensor], *, num_tokens: int) -> dict[str, float]:
     """The loss summed, metrics averaged over the tokens read, from the ranks that speak."""
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, {name: float(value) for name, value in sums.items()})
     names = sorted({name for one in everywhere for name in one})
-    totals = {name: math.fsum(one.get(name, 0.0) for one in everywhere) for name in names}
+    totals = {name: _sum(one.get(name, 0.0) for one in everywhere) for name in names}
     return {n: t if n == "loss" else t / num_tokens for n, t in totals.items()}
+
+
+def _sum(values: Iterable[float]) -> float:
+    """`math.fsum`, which would raise where infinities of both signs meet: not a number."""
+    values = list(values)
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

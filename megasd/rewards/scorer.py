@@ -14,6 +14,7 @@ from megasd.rewards.config import RewardConfig
 from megasd.rewards.verifiers import check_answer_pattern
 from megasd.rewards.worker import Judged
 from megasd.types import Rollout, Verdict
+from megasd.waiting import first_of, waiting_for
 
 # Plain string functions: they cannot hang, so a worker would only cost time.
 INLINE = ("exact", "choice")
@@ -69,11 +70,13 @@ class Scorer:
         for _ in range(2):
             left = {index: task for index, task in tasks.items() if index not in judged}
             if left:
-                judged |= self._judge_in_workers(left)
+                judged |= self._judge_in_workers(left, rollouts)
         broken = Judged(0.0, "", "the verifiers' worker processes died while they started")
         return [self._verdict(judged.get(index, broken)) for index in range(len(rollouts))]
 
-    def _judge_in_workers(self, tasks: dict[int, tuple[Any, ...]]) -> dict[int, Judged]:
+    def _judge_in_workers(
+        self, tasks: dict[int, tuple[Any, ...]], rollouts: list[Rollout]
+    ) -> dict[int, Judged]:
         """What each task gave; those that a broken pool has lost are left out."""
         pool = self._ready_pool({task[0] for task in tasks.values()})
         futures: dict[ProcessFuture[Judged], int] = {}
@@ -84,10 +87,16 @@ class Scorer:
         except RuntimeError:  # pebble: the pool broke under us
             self._stop()
         pending = set(futures)
-        while pending and self._pool is not None:
-            _, pending = wait(pending, timeout=1.0)
-            if not pool.active:  # tasks that it had not yet sent out would wait forever
-                self._stop()
+
+        def unjudged() -> str:
+            left = [rollouts[futures[future]] for future in futures if not future.done()]
+            return f"verdicts on {first_of([rollout.name for rollout in left])}"
+
+        with waiting_for(unjudged):
+            while pending and self._pool is not None:
+                _, pending = wait(pending, timeout=1.0)
+                if not pool.active:  # tasks that it had not yet sent out would wait forever
+                    self._stop()
         return {
             index: judged
             for future, index in futures.items()

@@ -29,6 +29,11 @@ class Request:
     stop: tuple[str, ...] = ()  # strings that end a response, beside the end-of-sequence tokens
     max_response_tokens: int
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.prompt.name} sample {self.sample}"
+
 
 class EngineLostError(RuntimeError):
     """The engine died, hangs, or was discarded after a failed update; `load_weights` revives it.

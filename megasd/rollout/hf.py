@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from megasd.rollout.engine import Request, response_text, stop_ids
 from megasd.types import Rollout
+from megasd.waiting import first_of, waiting_for
 from megasd.weights.bucket import Bucket, named_tensors
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ class HFEngine:
             raise RuntimeError("the engine has no complete weights: call load_weights first")
         responses: dict[int, Response] = {}
         for batch in self._batches(requests):
-            answers = self._sample([requests[i] for i in batch])
+            names = [requests[i].name for i in batch]
+            with waiting_for(lambda names=names: f"responses to {first_of(names)}"):
+                answers = self._sample([requests[i] for i in batch])
             answers = [
                 self._cut_at(requests[i].stop, answer)
                 for i, answer in zip(batch, answers, strict=True)

@@ -35,13 +35,12 @@ from megasd.rollout.vllm_link import (
 )
 from megasd.rollout.vllm_options import engine_options, visible_device
 from megasd.types import Rollout
+from megasd.waiting import first_of, waiting_for
 from megasd.weights.bucket import Bucket
 from megasd.weights.fp8 import quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NAMED = 5  # requests that an error names
 
 
 class _LostError(Exception):
@@ -223,18 +222,18 @@ class VLLMEngine:
         start = time.monotonic()
         finished: list[float] = []
         try:
-            for i, response in self._ask([self._sampling(request) for request in requests]):
-                rollouts[i] = self._rollout(requests[i], response, version)
-                finished.append(time.monotonic() - start)
+            with waiting_for(lambda: f"{self._name}: {_missing(requests, rollouts)}"):
+                for i, response in self._ask([self._sampling(request) for request in requests]):
+                    rollouts[i] = self._rollout(requests[i], response, version)
+                    finished.append(time.monotonic() - start)
         except _RefusedError as refused:
-            where = _named(requests[refused.index])
-            raise ValueError(f"{where}: vLLM refuses the request: {refused}") from None
+            raise ValueError(
+                f"{requests[refused.index].name}: vLLM refuses the request: {refused}"
+            ) from None
         except _LostError as lost:
             missing = [i for i in range(len(requests)) if i not in rollouts]
-            names = ", ".join(_named(requests[i]) for i in missing[:NAMED])
-            rest = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
             raise EngineLostError(
-                self._discard(f"{lost}; without a response: {names}{rest}"),
+                self._discard(f"{lost}; without a response: {_missing(requests, rollouts)}"),
                 rollouts=[rollouts[i] for i in sorted(rollouts)],
                 missing=missing,
             ) from None
@@ -486,8 +485,8 @@ class _RefusedError(Exception):
         self.index = index
 
 
-def _named(request: Request) -> str:
-    return f"{request.prompt.where or f'prompt {request.prompt.index}'} sample {request.sample}"
+def _missing(requests: Sequence[Request], rollouts: Mapping[int, Rollout]) -> str:
+    return first_of([one.name for i, one in enumerate(requests) if i not in rollouts])
 
 
 def _announce(feeds: Sequence[Feed], reason: str) -> None:

@@ -1,5 +1,6 @@
 """What ranks run for the tests of the policy."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megasd.algorithms.base import Algorithm, Needs
+from megasd.experience import Experience
 from megasd.losses.config import MismatchConfig
-from megasd.types import Credit, ResponseBatch, StudentOutput, TokenLoss, View
+from megasd.types import (
+    Credit,
+    Prompt,
+    ResponseBatch,
+    Rollout,
+    StudentOutput,
+    TokenLoss,
+    Verdict,
+    View,
+)
 
 LEARNING_RATE = 1e-3
 STEPS = 3
@@ -19,7 +31,14 @@ STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class PlainLoss(Algorithm):
-    """-logprob - 0.1 entropy of each token, weighed by its advantage: touches all of the head."""
+    """-logprob - 0.1 entropy of each token, weighed by its advantage: touches all of the head.
+
+    `offset` changes the loss and no gradient. `root` adds one of 0, which has no derivative there:
+    gradients that are not finite, of a loss that is.
+    """
+
+    offset: float = 0.0
+    root: bool = False
 
     @property
     def needs(self) -> Needs:
@@ -29,7 +48,9 @@ class PlainLoss(Algorithm):
         raise NotImplementedError("the cases bring their own credit")
 
     def token_loss(self, student: StudentOutput, batch: ResponseBatch, credit: Credit) -> TokenLoss:
-        loss = -(student.logprobs + 0.1 * student.entropy) * credit.advantages
+        loss = -(student.logprobs + 0.1 * student.entropy) * credit.advantages + self.offset
+        if self.root:
+            loss = loss + (student.logprobs - student.logprobs.detach()).square().sqrt()
         return TokenLoss(loss, {"seen": torch.ones_like(loss)})
 
 
@@ -200,24 +221,95 @@ def learning_rates(folder: Path, settings: Mapping[str, Any], steps: int) -> lis
     return rates
 
 
-def skip_a_broken_step(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A gradient that is not finite on one data-parallel rank alone, between two good ones."""
-    policy = make_policy(folder, settings)
+def skip_a_broken_step(folder: Path, what: str) -> dict[str, Any]:
+    """A gradient that is not finite on one data-parallel rank alone, between two good ones.
+
+    Or an infinite loss: of the other sign on rank 0, so that the sum is no number.
+    """
+    policy = make_policy(folder, {})
     views = random_views(2, count=6, vocab=100)
     offsets = offsets_of(views)
+    infinite = PlainLoss(offset=-math.inf if dist.get_rank() == 0 else math.inf)
     seen = []
     for step in range(3):
         batch, credit = batch_and_credit(views, seed=7)
-        if step == 1:
+        if step == 1 and what == "gradient":
             broken = credit.advantages.clone()
             broken[(credit.path == 0).nonzero()[0]] = float("inf")
             credit = credit._replace(advantages=broken)
+        loss = infinite if step == 1 and what == "loss" else PlainLoss()
         before = weights_of(policy)
-        done = policy.update(views, offsets, batch, credit, PlainLoss(), minibatch=0)
+        done = policy.update(views, offsets, batch, credit, loss, minibatch=0)
         after = weights_of(policy)
         same = all(np.array_equal(before[name], after[name]) for name in before)
-        seen.append((done.skipped, same, done.metrics["grad_norm"]))
+        seen.append((done.skipped, same, done.metrics["loss"], done.metrics["grad_norm"]))
     return {"seen": seen, "version": policy.version, "skipped": policy.skipped_steps}
+
+
+def stop_when_stuck(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Skips two updates, does one, skips three in two steps of two: a limit of 3.
+
+    It is the last rank whose gradients break.
+    """
+    from megasd.diagnostics import Diagnostics
+
+    policy = make_policy(folder, settings)
+    views = random_views(2, count=6, vocab=100)
+    batch, credit = batch_and_credit(views, seed=7)
+    experience = experience_of(views, batch)
+    diagnostics = Diagnostics(run_folder, config="run: {}\n", max_skipped_in_a_row=3)
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    before = weights_of(policy)
+    step, said, after = -1, "", before
+    for step, broken in enumerate([(True, True), (False, True), (True, True), (False, False)]):
+        updates = [
+            policy.update(
+                views,
+                experience.offsets,
+                batch,
+                credit,
+                PlainLoss(root=is_broken and is_last),
+                minibatch=0,
+            )
+            for is_broken in broken
+        ]
+        try:
+            diagnostics.stop_if_stuck(step, experience, batch, credit, updates)
+        except ValueError as error:
+            said = str(error)
+            break
+        after = weights_of(policy)
+    last = weights_of(policy)
+    return {
+        "step": step,
+        "said": said,
+        "learnt": any(not np.array_equal(before[name], after[name]) for name in before),
+        "same": all(np.array_equal(after[name], last[name]) for name in after),
+    }
+
+
+def experience_of(views: list[View], batch: ResponseBatch) -> Experience:
+    rollouts = [
+        Rollout(
+            prompt=Prompt(index=i, messages=({"content": f"{i} ="},), token_ids=view.prompt_ids),
+            group_id=i // 2,
+            sample=i % 2,
+            token_ids=view.response_ids,
+            logprobs=None,
+            text="",
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for i, view in enumerate(views)
+    ]
+    return Experience(
+        rollouts=rollouts,
+        verdicts=[Verdict(reward=math.inf)] * len(rollouts),
+        batch=batch,
+        offsets=offsets_of(views),
+        student_views=views,
+        metrics={},
+    )
 
 
 def mismatch_and_temperature(folder: Path) -> dict[str, Any]:
@@ -244,8 +336,6 @@ def mismatch_and_temperature(folder: Path) -> dict[str, Any]:
 
 def spread_work(world_size: int, failing_rank: int | None) -> Any:
     """Two workers of all ranks square numbers; maybe one of them breaks."""
-    import torch.distributed as dist
-
     from megasd.rollout.spread import Spread
 
     rank = dist.get_rank()

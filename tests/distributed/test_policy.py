@@ -1,6 +1,8 @@
 """The policy equals Hugging Face, in every layout: what is scored, what is learned."""
 
 import dataclasses
+import json
+import re
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -200,15 +202,59 @@ def test_the_learning_rate_warms_up_from_one_kth_and_decays_to_its_floor(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(
-    world_size: int, folder: Path, ranks: Ranks
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_gradient_or_loss_that_is_not_finite_skips_the_step_on_all_ranks(
+    what: str, world_size: int, folder: Path, ranks: Ranks
 ) -> None:
-    for result in ranks.run(cases.skip_a_broken_step, folder, {}, world_size=world_size):
+    for result in ranks.run(cases.skip_a_broken_step, folder, what, world_size=world_size):
         (first, broken, last) = result["seen"]
         assert (first[:2], broken[:2], last[:2]) == ((False, False), (True, True), (False, False))
-        assert np.isfinite(first[2])
+        assert np.isfinite(first[2:]).all()
         assert not np.isfinite(broken[2])
+        assert np.isfinite(broken[3]) == (what == "loss"), "its gradients were all right"
         assert (result["version"], result["skipped"]) == (2, 1)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=["DP2", "PP2"])
+def test_too_many_skipped_updates_in_a_row_stop_all_ranks_with_one_sentence_and_a_bundle(
+    layout: dict, folder: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    results = ranks.run(cases.stop_when_stuck, folder, tmp_path, layout, world_size=2)
+    bundle = tmp_path / "diagnostics" / "step_000002"
+    for result in results:
+        assert result["step"] == 2, "two, then one that was not skipped; the third of the new ones"
+        assert (result["learnt"], result["same"]) == (True, True)
+        assert result["said"] == results[0]["said"]
+    assert re.fullmatch(
+        r"step 2: 3 optimizer steps in a row were skipped .* Not finite: gradients of \d+ "
+        rf"parameters on rank {'[01]' if layout else 1}, .* and on 1 more ranks. "
+        rf"{bundle} holds .* --resume {tmp_path}`.*",
+        results[0]["said"],
+    )
+    assert (bundle / "config.yaml").read_text() == "run: {}\n"
+    rows = [json.loads(line) for line in (bundle / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["messages"][0]["content"] for row in rows] == [f"{i} =" for i in range(6)]
+    assert rows[0]["reward"] == "inf", "JSON knows no infinity"
+    tensors = torch.load(bundle / "batch.pt", weights_only=True)
+    assert tensors["updates.1.logprobs"].shape == tensors["credit.advantages"].shape
+    summary = json.loads((bundle / "summary.json").read_text())
+    assert summary["tensors"] == {}, "nothing but gradients was broken"
+    assert [update["skipped"] for update in summary["updates"]] == [True, True]
+    found = [set(by_update[1]) for by_update in summary["gradients"]]
+    layers = [{name.split(".")[2] for name in names if ".layers." in name} for names in found]
+    if layout:
+        assert layers == [{"0"}, {"1"}], "the model's numbers"
+    else:
+        assert layers[1] == {"0", "1"}, "the other has but its shard of the sum"
+
+
+def test_a_run_whose_bundle_cannot_be_written_stops_all_the_same(
+    folder: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    (tmp_path / "diagnostics").write_text("a file, where a folder must be made")
+    for result in ranks.run(cases.stop_when_stuck, folder, tmp_path, {}, world_size=2):
+        assert result["step"] == 2
+        assert "step_000002 could not be written: NotADirectoryError" in result["said"]
 
 
 def test_each_tokens_loss_is_corrected_by_the_truncated_mismatch_at_the_sampling_temperature(

@@ -1,0 +1,196 @@
+"""Ends a run in which nothing happens any more, and says which rank is waited for.
+
+A thread of each rank looks at that rank's progress. Where no step ends in time, it writes what the
+rank is doing, with the stacks of all threads, into RUN/hangs/TIME/; the folder makes the threads
+of the other ranks do the same. The first rank that could write compares, and names in summary.txt
+the rank, or the sample, that the others wait for. Then all end with exit code 86, and whatever
+started them starts them again. Only files: collectives and sockets may be what hangs.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch.distributed as dist
+
+from megasd import waiting
+from megasd.config import WatchdogConfig
+from megasd.metrics.phases import Phases
+
+EXIT_CODE = 86
+SUMMARY_FILE = "summary.txt"
+_COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+_OUR_FILES = os.path.dirname(__file__) + os.sep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank is, as far as another one can compare it."""
+
+    host: str
+    phase: str
+    begun: int  # phases so far: the same number on ranks that are equally far
+    line: str  # of megasd: "policy/update.py:201 in update"
+    collective: str  # that the main thread is in; empty: in none
+    waits_for: str  # samples and the like, in words
+
+
+def limit_seconds(config: WatchdogConfig, phases: Phases) -> float:
+    """How long it may take from one sign of progress to the next, in the present phase.
+
+    What has no usual time has `slow_seconds`: the start, the first step, the first evaluation,
+    and waits that say so, as for the files of a checkpoint.
+    """
+    usual = phases.evaluation_seconds if phases.current == "evaluation" else phases.step_seconds
+    if waiting.may_take_long() or not usual:
+        return max(config.slow_seconds, config.minimum_seconds)
+    return max(config.minimum_seconds, config.factor * statistics.median(tuple(usual)))
+
+
+def explain(places: Mapping[int, Place], hosts: list[str]) -> str:
+    """Who is waited for, from what the ranks that answered have written; `hosts` of all ranks."""
+    phase = Counter(place.phase for place in places.values()).most_common(1)[0][0]
+    silent = [rank for rank in range(len(hosts)) if rank not in places]
+    if silent:
+        who = ", ".join(f"rank {rank} (node {hosts[rank]})" for rank in silent)
+        verb = "does" if len(silent) == 1 else "do"
+        return f"phase {phase}: {who} {verb} not answer: stopped, dead, or stuck in native code"
+    late = _late(places)
+    if not late:
+        place = places[min(places)]
+        inside = f" in {place.collective}" if place.collective else ""
+        return f"phase {phase}: every rank is at {place.line}{inside}; nobody is behind"
+    doing = "; ".join(
+        f"rank {rank} (node {place.host}) is in phase {place.phase} at {place.line}"
+        + (f", and waits for {place.waits_for}" if place.waits_for else "")
+        for rank, place in sorted(late.items())
+    )
+    return f"phase {phase}: {doing}" + ("; the others wait" if len(late) < len(places) else "")
+
+
+def _late(places: Mapping[int, Place]) -> dict[int, Place]:
+    """Those that others wait for, by the first of these signs that tells ranks apart."""
+    furthest = max(place.begun for place in places.values())
+    usual, _ = Counter(place.line for place in places.values()).most_common(1)[0]
+    is_in_collective = any(place.collective for place in places.values())
+    for late in (
+        {rank: place for rank, place in places.items() if place.begun < furthest},
+        {
+            rank: place
+            for rank, place in places.items()
+            if is_in_collective and not place.collective
+        },
+        {rank: place for rank, place in places.items() if place.waits_for},
+        # On a GPU nobody waits inside of a collective, but for its result.
+        {rank: place for rank, place in places.items() if place.line != usual},
+    ):
+        if late:
+            return late
+    return {}
+
+
+class Watchdog:
+    """A context manager around all that should make progress; entered by all ranks together."""
+
+    def __init__(self, config: WatchdogConfig, run_folder: Path, phases: Phases) -> None:
+        self._config, self._phases = config, phases
+        self._rank = dist.get_rank()
+        self._main = threading.get_ident()
+        own = (socket.gethostname(), time.strftime("%Y%m%d-%H%M%S"))
+        everyone: list[tuple[str, str]] = [own] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        self._hosts = [host for host, _ in everyone]
+        self._folder = run_folder / "hangs" / everyone[0][1]
+        # Looked at often enough that the first report of a hang finds the others within seconds.
+        self._tick = min(max(config.minimum_seconds / 30, 0.2), 10.0)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="megasd-watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._config.factor > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_over.set()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self._tick):
+            seconds = self._phases.clock() - self._phases.progress
+            limit = limit_seconds(self._config, self._phases)
+            if seconds > limit or self._folder.exists():
+                self._end(f"no step for {seconds:.0f} s, the limit is {limit:.0f} s")
+
+    def _end(self, why: str) -> None:
+        """Does not return."""
+        try:
+            self._write_report()
+            time.sleep(3 * self._tick + 2)  # for the others to see the folder and answer
+            places = self._read_reports()
+            if self._rank == min(places):
+                found = (
+                    f"{why}; {explain(places, self._hosts)}\nstacks of all ranks: {self._folder}\n"
+                )
+                _write(self._folder / SUMMARY_FILE, found)
+                print(f"megasd: error: {found}", end="", file=sys.stderr)
+            time.sleep(1)
+        except Exception as error:  # whatever it is, the run must end
+            print(f"megasd: error: {why}; no report of it: {error}", file=sys.stderr)
+        finally:
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
+
+    def _write_report(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"rank-{self._rank}.stacks").open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        # By a rename: whoever reads it reads all of it.
+        _write(self._folder / f"rank-{self._rank}.json", json.dumps(asdict(self._place())))
+
+    def _place(self) -> Place:
+        line = collective = ""
+        frame: FrameType | None = sys._current_frames().get(self._main)
+        while frame is not None:
+            file, name = frame.f_code.co_filename, frame.f_code.co_name
+            if file.endswith(_COLLECTIVES):
+                collective = name  # the outermost is what was called
+            elif file.startswith(_OUR_FILES) and not line:
+                line = f"{file.removeprefix(_OUR_FILES)}:{frame.f_lineno} in {name}"
+            frame = frame.f_back
+        return Place(
+            host=self._hosts[self._rank],
+            phase=self._phases.current or "none",
+            begun=self._phases.begun,
+            line=line,
+            collective=collective,
+            waits_for=waiting.all_waits(),
+        )
+
+    def _read_reports(self) -> dict[int, Place]:
+        files = {rank: self._folder / f"rank-{rank}.json" for rank in range(len(self._hosts))}
+        return {
+            rank: Place(**json.loads(file.read_text()))
+            for rank, file in files.items()
+            if file.exists()
+        }
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(path)

@@ -1,0 +1,92 @@
+"""A run in which nothing happens any more ends, says who is waited for, and can go on."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megasd.metrics.records import METRICS_FILE, read_rows
+from megasd.watchdog import EXIT_CODE, SUMMARY_FILE
+from tests.end_to_end import workspace
+
+SETTINGS = ("watchdog.factor=3", "watchdog.minimum_seconds=8")
+
+
+def start(*arguments: str | Path, ranks: int = 1) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        workspace.command("train", *arguments, *SETTINGS, ranks=ranks),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for thread in threads for child in thread.read_text().split()]
+
+
+def rank_of(pid: int) -> str | None:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((v[5:].decode() for v in variables if v.startswith(b"RANK=")), None)
+
+
+@pytest.mark.slow
+def test_a_sample_whose_verdict_does_not_come_is_named_and_the_run_can_go_on(
+    tmp_path: Path,
+) -> None:
+    folder = workspace.make(tmp_path)
+    path = workspace.config(folder, "run", steps=3)
+    hangs = "tests.end_to_end.verifiers:hangs_on_a_file"
+    path.write_text(path.read_text().replace(workspace.VERIFIER, hangs))
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    obstacle = folder / "obstacle"
+    for row in rows:
+        row["metadata"] = {"obstacle": str(obstacle)} if row["answer"] == "8" else {}
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    obstacle.touch()
+    process = start(path, "reward.timeout_seconds=900", "watchdog.slow_seconds=15")
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == EXIT_CODE, errors
+    (summary,) = (folder / "run" / "hangs").glob(f"*/{SUMMARY_FILE}")
+    said = summary.read_text()
+    assert said.startswith("no step for ")
+    assert "rank 0 " in said
+    assert "is in phase reward at rewards/scorer.py:" in said
+    assert "waits for verdicts on " in said
+    assert "train.jsonl:5 sample 0, " in said
+    assert said.splitlines()[0] in errors
+    stacks = (summary.parent / "rank-0.stacks").read_text()
+    assert "in _judge_in_workers" in stacks
+
+    obstacle.unlink()
+    done = workspace.train("--resume", folder / "run")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_rows(folder / "run" / METRICS_FILE)] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_is_named_within_the_limit(tmp_path: Path) -> None:
+    folder = workspace.make(tmp_path)
+    path, run = workspace.config(folder, "run", steps=1000), folder / "run"
+    # A wait for a checkpoint's files would have an hour.
+    process = start(path, "parallel.tensor=2", "checkpoint.every=0", ranks=2)
+    while process.poll() is None and len(read_rows(run / METRICS_FILE)) < 3:
+        time.sleep(0.05)
+    stopped = next(pid for pid in children(process.pid) if rank_of(pid) == "1")
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    while not (found := list(run.glob(f"hangs/*/{SUMMARY_FILE}"))):
+        assert time.monotonic() - began < 60, "nothing was noticed"
+        time.sleep(0.1)
+    said = found[0].read_text()
+    assert ": rank 1 (node " in said
+    assert "does not answer" in said
+    _, errors = process.communicate(timeout=60)  # torchrun ends the rest
+    assert process.returncode != 0
+    assert f"exitcode  : {EXIT_CODE}" in errors
