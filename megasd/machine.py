@@ -3,6 +3,7 @@
 What cannot be seen is None or missing, never guessed: a finding then says so.
 """
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -23,7 +24,7 @@ _FIELDS = (
 )
 _SLOWED = ("clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.hw_thermal_slowdown")
 USED_MIB = 1024  # more than this in use before a run starts is somebody else's
-FREE_GIB = 20  # a run folder with less room than this fills up at the first checkpoint
+FREE_GIB = 1  # less room than this is no room, whatever the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,8 @@ def check_folder(folder: Path) -> list[Finding]:
         probe.unlink()
         free = shutil.disk_usage(folder).free / 2**30
         if made:
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # somebody has put something into it
+                folder.rmdir()
     except OSError as error:
         return [
             Finding(

@@ -5,10 +5,13 @@ the rank or node that is unlike the others, slow, or blind to the run's folder. 
 in seconds; a rank that does not come at all is named when `ARRIVAL_SECONDS` are over.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import socket
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +26,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from megasd.machine import Facts, Finding, check_folder, check_gpus, gather_facts
 from megasd.planner.hardware import GB, GPUS
 
-ARRIVAL_SECONDS = 30
+ARRIVAL_SECONDS = 120  # some nodes start a container or import torch much later than others
+NODES = "MEGASD_NODES"  # by a job script: names of the nodes with commas, in the order of the ranks
 VISIBLE_SECONDS = 5.0
 LINK_SECONDS = 15  # of one all-reduce, before the link is called broken
 REPEATS = 5
@@ -154,16 +158,16 @@ def _about_each_node(everyone: Sequence[Facts]) -> list[Finding]:
 
 def _folder(own: Facts, everyone: Sequence[Facts], folder: Path) -> list[Finding]:
     """Whether all ranks read in `folder` what the first one wrote, and can write there."""
-    token, made = folder / ".megasd-preflight", not folder.exists()
-    first: list[Any] = [None]
+    made, first = not folder.exists(), [None, f".megasd-preflight-{uuid.uuid4().hex}"]
     if own.rank == 0:
         first[0] = _wrong(check_folder(folder))
         if first[0] is None:
             folder.mkdir(parents=True, exist_ok=True)
-            token.write_text(own.host)
+            (folder / first[1]).touch()
     dist.broadcast_object_list(first)
-    if first[0] is not None:
-        return [Finding("wrong", f"node {everyone[0].host} (rank 0): {first[0]}")]
+    fault, token = first[0], folder / str(first[1])
+    if fault is not None:
+        return [Finding("wrong", f"node {everyone[0].host} (rank 0): {fault}")]
     if _appears(token):
         problem = _wrong(check_folder(folder))
     else:
@@ -171,9 +175,10 @@ def _folder(own: Facts, everyone: Sequence[Facts], folder: Path) -> list[Finding
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)  # all have looked: the token may go
     if own.rank == 0:
-        token.unlink()
+        token.unlink(missing_ok=True)
         if made:
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # somebody has put something into it
+                folder.rmdir()
     by_node: dict[tuple[str, str], list[int]] = {}
     for facts, said in zip(everyone, problems, strict=True):
         if said is not None:
@@ -202,8 +207,14 @@ def _appears(file: Path) -> bool:
 
 
 def expectations(own: Facts, network: float | None) -> tuple[float | None, float | None]:
-    """Bytes per second that an all-reduce must reach within a node, and between nodes."""
-    words = own.gpus[0].name.split() if own.gpus else []
+    """Bytes per second that an all-reduce must reach within a node, and between nodes.
+
+    None: not known, nodes are compared. CPUs must only work: their speed is a matter of what else
+    they run.
+    """
+    if not own.gpus:
+        return 0.0, (network or 0.0) * REACHED
+    words = own.gpus[0].name.split()
     # Of boards without NVSwitch nothing is expected.
     is_board = "PCIe" in words or "NVL" in words
     gpu = None if is_board else next((gpu for key, gpu in GPUS.items() if key in words), None)
@@ -314,29 +325,24 @@ def join(device: torch.device, *, rank: int, world_size: int) -> list[Finding]:
     # torchrun keeps the store of this address itself.
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=ARRIVAL_SECONDS)
+    own = f"rank {rank} on {node_name()}"
     try:
         store: Any = TCPStore(host, port, is_master=hosts, wait_for_workers=False, timeout=limit)
     except (dist.DistError, RuntimeError) as error:
-        return [Finding("wrong", f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}")]
+        return [Finding("wrong", f"{own} cannot reach rank 0 at {host}:{port}: {error}")]
     store = PrefixStore("megasd-preflight", store)
-    store.set(f"rank{rank}", socket.gethostname())
+    store.set(f"rank{rank}", own)
     if rank == 0:
         store.set("missing", json.dumps(_missing(store, world_size)))
     try:
         store.wait(["missing"], 2 * limit)
         missing = json.loads(store.get("missing"))
     except (dist.DistError, RuntimeError) as error:
-        return [Finding("wrong", f"rank {rank} cannot reach rank 0 any more: {error}")]
+        return [Finding("wrong", f"{own} cannot reach rank 0 any more: {error}")]
     if missing:
         if rank == 0:
             time.sleep(1)  # the store goes with this rank, and the others read it
-        return [
-            Finding(
-                "wrong",
-                f"{_ranks(missing)} of {world_size} did not arrive in {ARRIVAL_SECONDS} seconds; "
-                "look at the nodes that should run them",
-            )
-        ]
+        return absent(missing, world_size)
     # A collective that hangs raises instead of ending the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
@@ -344,6 +350,27 @@ def join(device: torch.device, *, rank: int, world_size: int) -> list[Finding]:
         backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     return []
+
+
+def node_name() -> str:
+    """As the cluster knows it, which may not be the host's own name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def absent(missing: Sequence[int], world_size: int) -> list[Finding]:
+    """Ranks that did not come, by node where the job script says which nodes it has."""
+    nodes, size = os.environ.get(NODES, ""), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    late = f"did not arrive in {ARRIVAL_SECONDS} seconds; look at"
+    if not nodes:
+        ranks = f"{_ranks(missing)} of {world_size}"
+        return [Finding("wrong", f"{ranks} {late} the nodes that should run them")]
+    by_node: dict[str, list[int]] = {}
+    for rank in missing:
+        by_node.setdefault(nodes.split(",")[rank // size], []).append(rank)
+    return [
+        Finding("wrong", f"node {node}: its {_ranks(ranks)} of {world_size} {late} it")
+        for node, ranks in by_node.items()
+    ]
 
 
 def _missing(store: Any, world_size: int) -> list[int]:
@@ -366,12 +393,12 @@ def run_preflight(folder: Path, *, expected_network: float | None = None) -> lis
             f"environment: {' and '.join(missing)} missing; start `megasd doctor --preflight` with "
             "torchrun, or with srun in the job script, which sets them"
         )
+    own = dataclasses.replace(gather_facts(rank), host=node_name())
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # behind the facts: a context of ours takes memory
         local = int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0")))
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    own = gather_facts(rank)  # before a CUDA context of ours takes memory
     if faults := join(device, rank=rank, world_size=world_size):
         return faults
     try:

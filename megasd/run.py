@@ -73,6 +73,7 @@ def start_training(config: Config, *, resume: bool) -> bool:
             if resume:
                 checkpoints.restore()
             is_done = train(_assemble(config, data, policy, checkpoints, folder, phases, stack))
+        dist.barrier()  # launchers end the ranks that are left some time after the first
         if is_done and config.checkpoint.export_hf:
             export_hf(policy, config.model.path, folder / "hf", replace=True)
     return is_done

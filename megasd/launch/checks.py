@@ -1,6 +1,7 @@
 """Whether a run fits the nodes that it is to get, before a job is in the queue."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,24 +64,44 @@ def check_job(loaded: Loaded, nodes: int, site: Site, *, new_run: bool, chain: i
         for name, value in (("nodes", nodes), ("chain", chain))
         if value < 1
     ]
-    config = loaded.config
-    if config is None or nodes < 1:
-        return errors + loaded.errors
-    asked = nodes_for(config, nodes, site)
     loaded = on_gpus(loaded)
+    config = loaded.config
     errors += loaded.errors
+    if config is None or nodes < 1:
+        return errors
+    asked = nodes_for(config, nodes, site)
     errors += validate(
         loaded, world_size=asked.ranks, new_run=new_run, will_run_here=not site.image
     )
-    if asked.engines and asked.gpus_per_engine > asked.gpus_per_node:
-        errors.append(
-            f"{loaded.source('rollout.vllm.tensor')}: rollout.vllm.tensor: an engine of "
-            f"{asked.gpus_per_engine} GPUs does not fit on a node of {asked.gpus_per_node}; lower "
-            "it, and raise rollout.vllm.engines"
-        )
     if not loaded.faulty:
+        source = loaded.source("rollout.vllm.tensor")
+        errors += [f"{source}: {sentence}" for sentence in check_engines_on_nodes(config, asked)]
         errors += advice_on_nodes(config, asked)
     return errors + check_paths(loaded, config, site)
+
+
+def check_engines_on_nodes(config: Config, asked: Nodes) -> list[str]:
+    """Whether each engine of vLLM finds its GPUs on one node."""
+    rollout, size, gpus = config.rollout, config.rollout.vllm.tensor, asked.gpus_per_node
+    if min(size, gpus) < 1:
+        return []  # said already
+    if asked.engines and size > gpus:
+        return [
+            f"rollout.vllm.tensor: an engine of {size} GPUs does not fit on a node of {gpus}; "
+            "lower it, and raise rollout.vllm.engines"
+        ]
+    is_colocated = rollout.engine == "vllm" and rollout.vllm.placement == "colocated"
+    if not is_colocated or config.run.device != "cuda" or gpus % size == 0:
+        return []
+    # Engines lie one behind the other over the ranks of each pipeline stage.
+    hf_config, _ = read_model(config.model.path)
+    stage = asked.ranks // max(1, config.parallel.pipeline)
+    shared = math.gcd(gpus, stage, 0 if hf_config is None else hf_config["num_attention_heads"])
+    fitting = [str(n) for n in range(1, gpus + 1) if shared % n == 0]
+    return [
+        f"rollout.vllm.tensor: colocated engines of {size} GPUs do not fill nodes of {gpus}, and "
+        f"an engine lies on one node; with this layout these fit: {', '.join(fitting)}"
+    ]
 
 
 def advice_on_nodes(config: Config, asked: Nodes) -> list[str]:

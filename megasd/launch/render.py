@@ -16,6 +16,7 @@ from megasd.launch.site import Site
 
 TEMPLATE = "train.sbatch.in"
 SCRIPT = "job.sh"  # of a submission, in its folder
+PREFLIGHT_SECONDS = 600  # it has limits of its own; this is for one that hangs all the same
 CONFIG = "config.yaml"  # of a submission: resolved, so that later edits do not reach a queued job
 
 
@@ -52,6 +53,9 @@ def render(job: SlurmJob) -> str:
         ),
         "PATIENCE": str(max(site.signal_lead_seconds - 30, site.signal_lead_seconds // 2)),
         "ENGINES": _engines(job),
+        "PREFLIGHT": "yes" if site.preflight else "",
+        "PREFLIGHT_SECONDS": str(PREFLIGHT_SECONDS),
+        "DOCTOR": _doctor(job),
         "TRAIN": f'{_python(site, job)} megasd.cli train "$submission/{CONFIG}"',
         "NODES": str(job.nodes.train),
         "RANKS": str(job.nodes.ranks),
@@ -162,6 +166,13 @@ srun --job-name=engines --relative={nodes.train} --nodes={nodes.serve} --ntasks=
     bash -c "$as_engine" megasd {_python(job.site, job)} megasd.rollout.vllm_host \\
     --listen :0 --folder "$run/engines" &
 """
+
+
+def _doctor(job: SlurmJob) -> str:
+    """The preflight, but for its folder."""
+    network = job.site.network_gb_per_second
+    options = "" if network is None else f" --network {network}"
+    return f"{_python(job.site, job)} megasd.cli doctor --preflight{options}"
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class Site:
     runtime_options: list[str] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)  # folders that all nodes see; empty: unknown
     ssh: str | None = None  # user@host with a Slurm that sees our folders; --via nemo-run only
+    preflight: bool = True  # `megasd doctor --preflight` before the ranks, at every start
+    network_gb_per_second: float | None = None  # of one GPU to other nodes; null: the published one
     signal_lead_seconds: int = 300  # before the time limit: for the rest of a step and a save
     grace_seconds: int = 60  # for the other ranks, after the first has ended
     max_requeues: int = 100  # of one job, for whatever reason
@@ -109,6 +112,9 @@ def check_site(site: Site) -> list[str]:
         )
         if (value := getattr(site, name)) < low
     ]
+    network = site.network_gb_per_second
+    if network is not None and not (math.isfinite(network) and network > 0):
+        errors.append(f"network_gb_per_second: {network} is out of range; set it above 0")
     errors += [
         f"environment: {key!r} is not the name of a variable; use letters, digits and '_'"
         for key in site.environment

@@ -6,6 +6,7 @@ evaluation. What belongs to one start of a process lives under "time/", "speed/"
 other metrics repeat to the bit.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -69,13 +70,24 @@ class Metrics:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one row, keys sorted; what is not finite is null. Flushed before it returns."""
+        """Appends one row, keys sorted; what is not finite is null. Flushed before it returns.
+
+        Raises ValueError when the disk is full.
+        """
         if not self._writes:
             return
         numbers = {name: float(value) for name, value in values.items()}
         row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._file.write(json.dumps({"step": step, **row}, sort_keys=True) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **row}, sort_keys=True) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it would try once more
+                self._file.close()
+            raise ValueError(
+                f"{self._file.name} cannot be written ({error.strerror}); make room, then continue "
+                "with --resume"
+            ) from error
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         if self._console is not None:

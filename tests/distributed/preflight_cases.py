@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasd import preflight
+from megasd import machine, preflight
 from megasd.machine import GPU, Facts, Finding
 
 GOOD = GPU("NVIDIA H200", "580.1", 143771, 5, 1980, "Enabled", 0, False)
@@ -24,6 +24,7 @@ def examine(
     bad_folder: str | None = None,
     slow: float = 1.0,  # 0: its all-reduces fail
     ranks_per_node: int = 1,
+    leaves: str | None = None,  # a file that the bad rank puts into the folder meanwhile
 ) -> list[Finding]:
     """The findings of this rank; `bad_rank` has what the other arguments say."""
     rank = dist.get_rank()
@@ -41,6 +42,11 @@ def examine(
             own, gpus=(*[GOOD] * 7, gpu), versions={**VERSIONS, **(versions or {})}
         )
 
+    def check_folder(folder: Path) -> list[Finding]:
+        if leaves is not None and rank == bad_rank:
+            (folder / leaves).touch()
+        return machine.check_folder(folder)
+
     def measure(group: Any, ranks: Sequence[int], device: torch.device) -> float:
         """A real all-reduce, and a speed that no other program of the machine changes."""
         if slow == 0 and bad_rank in ranks:
@@ -52,4 +58,5 @@ def examine(
         return speed * (slow if rank == bad_rank else 1.0)
 
     preflight.VISIBLE_SECONDS = 0.5
+    preflight.check_folder = check_folder
     return preflight.preflight(own, place, torch.device("cpu"), measure=measure)

@@ -26,6 +26,13 @@ def test_a_good_job_has_nothing_wrong_and_leaves_no_trace(ranks: Ranks, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_which_something_is_stays(ranks: Ranks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert examine(ranks, run, leaves="config.yaml") == []
+    assert examine(ranks, run) == []
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
 @pytest.mark.parametrize(
     ("bad", "sentence"),
     [

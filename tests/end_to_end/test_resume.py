@@ -1,7 +1,9 @@
 """Killed at any moment and resumed: the run that was never killed, to the bit."""
 
+import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import time
@@ -12,55 +14,110 @@ import pytest
 from megasd.metrics.records import METRICS_FILE, read_rows
 from tests.end_to_end import workspace
 
-STEPS = 16
-KILLS = 5
+STEPS = 44
+EVENTS = [*["kill"] * 5, *["terminate"] * 4, *["full disk"] * 6, *["damage"] * 5]
 
 
-def run_until(arguments: list[str | Path], rows: int, run: Path, delay: float) -> bool:
-    """Start, wait for `rows` rows of metrics and `delay` seconds, kill -9; False: it had ended."""
-    process = subprocess.Popen(
-        workspace.command("train", *arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and len(read_rows(run / METRICS_FILE)) < rows:
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.01)
-    time.sleep(delay)
-    alive = process.poll() is None
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    _, errors = process.communicate()
-    assert alive or process.returncode == 0, errors.decode()
-    return alive
+class Torture:
+    """One run, started again whenever it is gone."""
+
+    def __init__(self, config: Path, run: Path, draw: random.Random) -> None:
+        self.run, self.draw = run, draw
+        self.endings: list[int] = []
+        self.errors = ""
+        self.process = self.start(config)
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            workspace.command("train", *arguments),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def reach(self, rows: int) -> None:
+        """Until the run has so many rows, started again as often as it takes."""
+        deadline = time.monotonic() + 120
+        while self.rows() < rows:
+            assert time.monotonic() < deadline, f"no progress: {self.errors}"
+            self.revive()
+            time.sleep(0.01)
+
+    def revive(self) -> None:
+        if self.process.poll() is not None:
+            self.bury()
+            self.process = self.start("--resume", self.run)
+
+    def rows(self) -> int:
+        try:
+            return len(read_rows(self.run / METRICS_FILE))
+        except FileNotFoundError:
+            return 0
+
+    def bury(self) -> None:
+        """A disk that stays full for too long ends a run with a sentence; a signal without one."""
+        _, errors = self.process.communicate()
+        code = self.process.returncode
+        self.errors += errors
+        assert code in (2, -signal.SIGKILL, -signal.SIGTERM), f"exit code {code}: {self.errors}"
+        assert code != 2 or "could not be written" in errors or "cannot be written" in errors
+        self.endings.append(code)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # the disk was too full for too long
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def full_disk(self) -> None:
+        """No file can grow beyond 10 kB, for a while."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (10_000, limits[1]))
+            time.sleep(self.draw.uniform(0.2, 1.0))
+            resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, limits)
+
+    def damage(self) -> None:
+        """kill -9, and a file of the newest checkpoint is cut short; there is one before it."""
+        checkpoints, deadline = self.run / "checkpoints", time.monotonic() + 120
+        while len(list(checkpoints.glob("step_*"))) < 2:
+            assert time.monotonic() < deadline, f"no two checkpoints: {self.errors}"
+            self.revive()
+            time.sleep(0.01)
+        self.kill()
+        self.process.wait()
+        file = self.draw.choice(sorted(max(checkpoints.glob("step_*")).iterdir()))
+        os.truncate(file, self.draw.randrange(max(1, file.stat().st_size)))
 
 
 @pytest.mark.slow
-def test_five_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+def test_twenty_disasters_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """kill -9, SIGTERM, a full disk and checkpoints cut short: the undisturbed run, to the bit."""
     folder = workspace.make(tmp_path)
     done = workspace.train(workspace.config(folder, "whole", steps=STEPS))
     assert done.returncode == 0, done.stderr
 
-    draw = random.Random(0)
-    moments = sorted(draw.sample(range(1, STEPS), KILLS))
-    killed = folder / "killed"
-    arguments: list[str | Path] = [workspace.config(folder, "killed", steps=STEPS)]
-    kills = 0
-    for rows in moments:
-        # The delay spreads the kills over rollout, update and the writing of a checkpoint.
-        kills += run_until(arguments, rows, killed, delay=draw.uniform(0.0, 0.4))
-        arguments = ["--resume", killed]
-    assert kills == KILLS, "the run was over before it could be killed"
-    done = workspace.train("--resume", killed)
-    assert done.returncode == 0, done.stderr
+    draw = random.Random(7)
+    events = draw.sample(EVENTS, len(EVENTS))
+    run = folder / "tortured"
+    torture = Torture(workspace.config(folder, "tortured", steps=STEPS), run, draw)
+    for event, rows in zip(events, sorted(draw.sample(range(1, STEPS - 6), 20)), strict=True):
+        torture.reach(rows)
+        time.sleep(draw.uniform(0.0, 0.3))  # over rollout, update and the writing of a checkpoint
+        getattr(torture, event.replace(" ", "_"))()
+    torture.reach(STEPS + 1)
+    _, errors = torture.process.communicate()
+    assert torture.process.returncode == 0, errors
+    assert len(torture.endings) >= len(EVENTS) - EVENTS.count("full disk")
+    assert "is put aside" in torture.errors + errors
 
-    assert workspace.untimed_rows(killed) == workspace.untimed_rows(folder / "whole")
-    assert [row["step"] for row in workspace.untimed_rows(killed)] == [*range(STEPS), STEPS]
+    assert workspace.untimed_rows(run) == workspace.untimed_rows(folder / "whole")
+    assert [row["step"] for row in workspace.untimed_rows(run)] == [*range(STEPS), STEPS]
     for name in ("hf/model.safetensors", "hf/config.json"):
-        assert (killed / name).read_bytes() == (folder / "whole" / name).read_bytes()
-    kept = sorted(path.name for path in (killed / "checkpoints").iterdir())
+        assert (run / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept == [f"step_{STEPS - 2:06d}", f"step_{STEPS:06d}"], "the newest two, no debris"
 
 

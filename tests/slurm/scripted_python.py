@@ -2,8 +2,9 @@
 """Stands in for the interpreter of a job: notes how it was started, and ends as it is told.
 
 RECORD is a folder for the notes; BEHAVIOUR has a word for each start of the job: an exit code,
-`wait` (until SIGUSR1, then 85), `hang` (for ever), `save,CODE` (leaves a checkpoint first), or
-`alone,CODE` (the other ranks hang).
+`wait` (until SIGUSR1, then 85), `hang` (for ever), `save,CODE` (leaves a checkpoint first),
+`alone,CODE` (the other ranks hang), or `watched,CODE` (leaves the summary of a hang first).
+PREFLIGHT has such words for the preflight: `0`, `hang`, or `wrong` (names the node of rank 0).
 """
 
 import json
@@ -13,12 +14,20 @@ import sys
 import time
 from pathlib import Path
 
+RANK = int(os.environ["SLURM_PROCID"])
+ATTEMPT = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
-def behave(words: list[str], attempt: int, run: Path) -> int:
-    *before, word = words[min(attempt, len(words) - 1)].split(",")
+
+def behave(behaviour: str, run: Path) -> int:
+    words = behaviour.split()
+    *before, word = words[min(ATTEMPT, len(words) - 1)].split(",")
     if "save" in before:
-        (run / "checkpoints" / f"step_{attempt:06d}").mkdir(parents=True, exist_ok=True)
-    if "alone" in before and os.environ["SLURM_PROCID"] != "0":
+        (run / "checkpoints" / f"step_{ATTEMPT:06d}").mkdir(parents=True, exist_ok=True)
+    if "watched" in before:
+        hang = run / "hangs" / f"rank-{RANK}"
+        hang.mkdir(parents=True)
+        (hang / "summary.txt").write_text("rank 1 is the first to be late\nin an all-reduce\n")
+    if "alone" in before and RANK:
         word = "hang"
     if word == "wait":
         while signal.SIGUSR1 not in signal.sigpending():
@@ -26,28 +35,37 @@ def behave(words: list[str], attempt: int, run: Path) -> int:
         return 85
     while word == "hang":
         time.sleep(1)
+    if word == "wrong":
+        if RANK == 0:
+            node = os.environ["SLURMD_NODENAME"]
+            print(f"ok     all answer\nWRONG  node {node}: GPU 1: 3 uncorrected ECC errors")
+        return 1
     return int(word)
 
 
-def main() -> int:
-    environment = dict(os.environ)
-    is_engine = "megasd.rollout.vllm_host" in sys.argv
-    if not is_engine:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    who = f"{'engine' if is_engine else 'rank'}-{environment['SLURM_PROCID']}"
-    note = Path(environment["RECORD"]) / f"{environment['SLURM_JOB_ID']}-{attempt}-{who}.json"
+def take_note(who: str) -> None:
+    name = f"{os.environ['SLURM_JOB_ID']}-{ATTEMPT}-{who}-{RANK}.json"
+    note = Path(os.environ["RECORD"], name)
     partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps({"arguments": sys.argv[1:], "environment": environment}))
+    partial.write_text(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}))
     partial.rename(note)
-    if is_engine:
+
+
+def main() -> int:
+    if "megasd.rollout.vllm_host" in sys.argv:
+        take_note("engine")
         while True:
             time.sleep(1)
+    if "doctor" in sys.argv:
+        take_note("preflight")
+        return behave(os.environ["PREFLIGHT"], Path(sys.argv[-1]))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    take_note("rank")
     config = Path(sys.argv[4])
     run = config.parents[2]
-    code = behave(environment["BEHAVIOUR"].split(), attempt, run)
-    if environment["SLURM_PROCID"] == "0":
+    code = behave(os.environ["BEHAVIOUR"], run)
+    if RANK == 0:
         (run / "config.yaml").write_text(config.read_text())
     return code
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megasd.cli import main
+from megasd.launch import render
 from megasd.testing.slurm import VirtualSlurm
 from tests.unit.workspace import make_workspace
 
@@ -22,6 +23,7 @@ gpus_per_node: 2
 time: "10"
 max_crashes: 2
 signal_lead_seconds: 60
+network_gb_per_second: 25
 """
 
 
@@ -40,10 +42,10 @@ class Workplace:
         interpreter.chmod(0o755)
         Path("site.yaml").write_text(SITE.format(python=json.dumps(str(interpreter))))
 
-    def submit(self, behaviour: str, *arguments: str) -> list[str]:
+    def submit(self, behaviour: str, *arguments: str, preflight: str = "0") -> list[str]:
         """The ids of the jobs."""
         given = ["--site", "site.yaml", "--env", f"RECORD={self.record}"]
-        given += ["--env", f"BEHAVIOUR={behaviour}", *arguments]
+        given += ["--env", f"BEHAVIOUR={behaviour}", "--env", f"PREFLIGHT={preflight}", *arguments]
         assert main(["submit", "config.yaml", *given]) == 0, self._capsys.readouterr().err
         return self._capsys.readouterr().out.split()
 
@@ -90,7 +92,15 @@ def test_arguments_and_environment_arrive_as_they_were_given(
 
     assert load_config(config).context.template == template
     logs = sorted(path.name for path in (place.run / "logs" / f"{job}-0").iterdir())
-    assert logs == [f"rank-{rank}.log" for rank in range(4)]
+    assert logs == ["nodes", "preflight.log", *(f"rank-{rank}.log" for rank in range(4))]
+    examined = place.notes(job, 0, "preflight")
+    doctor = ["-m", "megasd.cli", "doctor", "--preflight", "--network", "25.0"]
+    for note, rank in zip(examined, notes, strict=True):
+        assert note["arguments"] == [*doctor, "--folder", str(place.run)]
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+            assert note["environment"][name] == rank["environment"][name]
+        assert note["environment"]["MASTER_PORT"] != rank["environment"]["MASTER_PORT"]
+        assert note["environment"]["MEGASD_NODES"] == "n1,n2"
 
 
 def test_a_job_whose_nodes_are_wanted_saves_goes_back_to_the_queue_and_resumes(
@@ -135,10 +145,46 @@ def test_crashes_are_tried_again_until_two_come_without_a_new_checkpoint(
 ) -> None:
     with Path("site.yaml").open("a") as site:
         site.write("grace_seconds: 2\n")  # for those that wait for a rank which is gone
-    (job,) = place.submit("alone,1 save,1 1 0")
+    (job,) = place.submit("alone,1 save,watched,86 1 0")
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2"), place.log(job)
     assert "2 crashes without a new checkpoint" in place.log(job)
+    # Said when it happened, and not again of the next crash.
+    said = [
+        line for line in place.log(job).splitlines() if "a rank hung: rank 1 is the first" in line
+    ]
+    assert len(said) == 1
+    assert "attempt 1" in said[0]
+
+
+def test_nodes_that_a_preflight_finds_wrong_are_named_and_avoided_and_it_counts_as_a_crash(
+    slurm: VirtualSlurm, place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "PREFLIGHT_SECONDS", 5)
+    (job,) = place.submit("0", "--nodes", "2", preflight="wrong hang 0")
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), place.log(job)
+    assert "WRONG: node n1: GPU 1: 3 uncorrected ECC errors" in place.log(job)
+    assert "the preflight did not end in 5 seconds" in place.log(job)
+    assert "2 crashes without a new checkpoint" in place.log(job)
+    nodes = [
+        {n["environment"]["SLURMD_NODENAME"] for n in place.notes(job, i, "preflight")}
+        for i in (0, 1)
+    ]
+    assert nodes == [{"n1", "n2"}, {"n2", "n3"}]
+    assert not list(place.record.glob("*-rank-*"))
+
+
+def test_a_job_whose_nodes_are_wanted_during_the_preflight_leaves_at_once_and_starts_again(
+    slurm: VirtualSlurm, place: Workplace
+) -> None:
+    (job,) = place.submit("0", preflight="hang 0")
+    slurm.until(lambda: len(place.notes(job, 0, "preflight")) == 2, "the preflight")
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), place.log(job)
+    assert place.notes(job, 0) == []
+    assert not (place.run / "submissions" / "001" / "crashes").exists()
 
 
 def test_a_run_that_cannot_use_its_input_is_not_tried_again(
@@ -215,7 +261,8 @@ def test_by_way_of_nemo_run_it_is_the_same_job(slurm: VirtualSlurm, place: Workp
     value = 'it\'s "two"  spaces, $PATH, 100%, \\back\nand a line'
     given = ["--nodes", "2", "--env", f"NOTE={value}"]
     # In a process of its own: NeMo-Run looks for its catalogue when it is imported.
-    site = ["--site", "site.yaml", "--env", f"RECORD={place.record}", "--env", "BEHAVIOUR=wait 0"]
+    site = ["--site", "site.yaml", "--env", f"RECORD={place.record}"]
+    site += ["--env", "BEHAVIOUR=wait 0", "--env", "PREFLIGHT=0"]
     command = [sys.executable, "-m", "megasd.cli", "submit", "config.yaml", *site, *given]
     done = subprocess.run([*command, "--via=nemo-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,8 @@
 """Training as Slurm jobs: what the cluster does to a run leaves no trace in its metrics."""
 
+import contextlib
+import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,12 +15,16 @@ from tests.end_to_end import workspace
 
 pytestmark = pytest.mark.slow
 
-STEPS = 8
+STEPS = 10
 SITE = """
 gpus_per_node: 2
 time: "10"
 signal_lead_seconds: 60
+preflight: false
+grace_seconds: 10
 """
+# Without evaluations between, the first of which may take an hour.
+WATCHED = ["watchdog.factor=2", "watchdog.minimum_seconds=20", "evaluation.every=0"]
 LAYOUT = ["parallel.tensor=2", "run.device=cpu", "checkpoint.export_hf=false"]
 
 
@@ -41,7 +48,17 @@ def logs(run: Path) -> str:
     return "\n".join(f"{path}:\n{path.read_text()}" for path in sorted(run.rglob("*.log")))
 
 
-def test_a_run_that_is_preempted_and_loses_a_node_equals_one_that_was_left_alone(
+def process_of(job: str, rank: int) -> int:
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it is gone
+            is_rank = b"megasd.cli\0train" in (process / "cmdline").read_bytes()
+            if is_rank and wanted <= {*(process / "environ").read_bytes().split(b"\0")}:
+                return int(process.name)
+    raise AssertionError(f"rank {rank} of job {job} does not run")
+
+
+def test_a_run_that_is_preempted_hangs_and_loses_a_node_equals_one_that_was_left_alone(
     slurm: VirtualSlurm,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -49,11 +66,16 @@ def test_a_run_that_is_preempted_and_loses_a_node_equals_one_that_was_left_alone
 ) -> None:
     monkeypatch.chdir(workspace.make(tmp_path))
     Path("site.yaml").write_text(SITE)
-    whole = submit("whole", capsys, "--nodes=2", steps=STEPS)
-    disturbed = submit("disturbed", capsys, "--nodes=2", steps=STEPS)
+    Path("examined.yaml").write_text(SITE.replace("preflight: false", "preflight: true"))
+    whole = submit("whole", capsys, "--nodes=2", "--site=examined.yaml", *WATCHED, steps=STEPS)
+    disturbed = submit("disturbed", capsys, "--nodes=2", *WATCHED, steps=STEPS)
     run = tmp_path / "disturbed"
 
     assert slurm.wait(whole, timeout=300)["JobState"] == "COMPLETED", logs(tmp_path / "whole")
+    (examined,) = (tmp_path / "whole" / "logs").glob("*/preflight.log")
+    assert "4 ranks on 2 nodes answer" in examined.read_text()
+    assert "nothing is wrong" in examined.read_text()
+    assert not list((run / "logs").glob("*/preflight.log"))
     slurm.until(lambda: rows(run) >= 2, "two steps", 300)
     slurm.run("scancel", "--signal=USR1", "--batch", disturbed)
     slurm.until(lambda: slurm.job(disturbed)["Restarts"] == "1", "a requeue")
@@ -61,9 +83,20 @@ def test_a_run_that_is_preempted_and_loses_a_node_equals_one_that_was_left_alone
     saved = int(checkpoint.name.removeprefix("step_"))
     assert 2 <= saved < STEPS
     slurm.until(lambda: rows(run) > saved, "a step after the first resumption", 300)
+
+    os.kill(process_of(disturbed, 3), signal.SIGSTOP)
+    slurm.until(lambda: list(run.glob("hangs/*/summary.txt")), "the name of the rank", 60)
+    (summary,) = run.glob("hangs/*/summary.txt")
+    assert "rank 3 (node " in summary.read_text()
+    assert "does not answer" in summary.read_text()
+    slurm.until(lambda: slurm.job(disturbed)["Restarts"] == "2", "a requeue")
+    assert "a rank hung: no step for " in (run / "logs" / f"{disturbed}.log").read_text()
+
+    slurm.until(lambda: rows(run) == saved, "the second resumption", 300)
+    slurm.until(lambda: rows(run) > saved, "a step after the second resumption", 300)
     slurm.fail_node(slurm.job(disturbed)["NodeList"].replace("[", "").split("-")[0])
     ended = slurm.wait(disturbed, timeout=300)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), logs(run)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "3"), logs(run)
 
     assert workspace.untimed_rows(run) == workspace.untimed_rows(tmp_path / "whole")
     assert [row["step"] for row in workspace.untimed_rows(run)] == [*range(STEPS), STEPS]

@@ -149,6 +149,13 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(preflight, "ARRIVAL_SECONDS", 1)
     (finding,) = preflight.join(torch.device("cpu"), rank=0, world_size=4)
     assert finding.sentence.startswith("ranks 1-3 of 4 did not arrive in 1 seconds")
+    # A job script knows where they should be.
+    monkeypatch.setenv("MEGASD_NODES", "a,b,engines")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert [finding.sentence.split(" did ")[0] for finding in preflight.absent([1, 2, 3], 4)] == [
+        "node a: its rank 1 of 4",
+        "node b: its ranks 2-3 of 4",
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 33])
@@ -177,6 +184,7 @@ def test_a_bandwidth_is_expected_of_the_gpus_that_the_planner_knows(
     own = machine(dataclasses.replace(GOOD, name=name))
     assert preflight.expectations(own, None) == (within, within and 20e9)
     assert preflight.expectations(own, 100e9) == (within, 40e9)
+    assert preflight.expectations(Facts(), None) == (0, 0)
 
 
 def test_without_an_expectation_nodes_are_compared_with_each_other() -> None:

@@ -12,7 +12,7 @@ from megasd.cli import main
 from megasd.config import load_config, to_yaml
 from megasd.launch.site import Site, check_site, seconds
 from megasd.metrics.run_folder import CONFIG_FILE
-from tests.unit.workspace import make_workspace, write
+from tests.unit.workspace import make_model, make_workspace, write
 
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SITES = Path(__file__).parents[2] / "slurm" / "sites"
@@ -83,7 +83,8 @@ def test_both_kinds_of_impossible_layout_are_refused_with_node_counts_that_fit(
 def test_every_fault_of_config_site_flags_and_paths_is_said_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write("site.yaml", to_text({"partitoin": "x", "gpus_per_node": "many", "shared": ["/shared"]}))
+    site = {"partitoin": "x", "gpus_per_node": "many", "shared": ["/shared"]}
+    write("site.yaml", to_text({**site, "preflight": "perhaps", "network_gb_per_second": 0}))
     said = "\n".join(
         refusals(
             *(capsys, "--site=site.yaml", "--time=5", "--env=B", "--mount=here", "--nodes=2"),
@@ -93,6 +94,8 @@ def test_every_fault_of_config_site_flags_and_paths_is_said_at_once(
     for sentence in (
         "site.yaml: partitoin: unknown key; did you mean partition?",
         'site.yaml: gpus_per_node: got "many"; write a whole number',
+        'site.yaml: preflight: got "perhaps"; write true or false',
+        "site.yaml: network_gb_per_second: 0.0 is out of range; set it above 0",
         "command line: --env B: not KEY=VALUE",
         "command line: time: the limit of 300 s leaves nothing to train",
         "command line: mounts: there is no image",
@@ -142,6 +145,23 @@ def test_engines_on_servers_get_nodes_behind_those_of_the_ranks(
     assert any("--relative=0 --nodes=1 --ntasks=4" in line for line in lines)
     said = refusals(capsys, *server, *container, "--gpus-per-node=1", "rollout.vllm.tensor=2")
     assert any("an engine of 2 GPUs does not fit on a node of 1" in sentence for sentence in said)
+
+
+def test_colocated_engines_lie_within_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["rollout.engine=vllm", "--image=i.sqsh", f"--mount={Path.cwd()}", "--nodes=2"]
+    run += ["rollout.prompts_per_step=24"]
+    for gpus, tensor, fitting in ((2, 4, "1, 2"), (6, 4, "1, 2"), (3, 2, "1")):
+        (said,) = refusals(capsys, *run, f"--gpus-per-node={gpus}", f"rollout.vllm.tensor={tensor}")
+        assert said == (
+            f"command line: rollout.vllm.tensor: colocated engines of {tensor} GPUs do not fill "
+            f"nodes of {gpus}, and an engine lies on one node; with this layout these fit: "
+            f"{fitting}"
+        )
+    dry_run(capsys, *run, "--gpus-per-node=4", "rollout.vllm.tensor=2")
+    # Beside a trainer on CPUs an engine is one process.
+    make_model(Path("wide"), head_dim=32)
+    on_cpu = ["run.device=cpu", "model.path=wide", "rollout.vllm.tensor=4"]
+    dry_run(capsys, *run, "--gpus-per-node=2", *on_cpu)
 
 
 @pytest.mark.skipif(not SHELLCHECK.exists(), reason="shellcheck is not installed")
