@@ -6,15 +6,18 @@ figure that it stands on in `Assumptions`.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megasd.config import Config
 from megasd.planner.activations import (
     Cut,
     Engine,
-    layer_saved,
-    layer_working,
-    saved_on_stage,
+    forward_pass,
+    gather_buffer,
+    kept_on_stage,
+    last_norm_going_backward,
+    last_norm_saved,
+    layers_going_backward,
 )
 from megasd.planner.buffers import Held, held_bytes
 from megasd.planner.hardware import GIB, Assumptions, Machine
@@ -38,9 +41,9 @@ class Memory:
     optimizer: int
     teacher: int
     batch: int  # what was read of the step's rollouts
-    activations: int  # update: what the micro-batches in flight save
-    head: int  # update: what the vocabulary head saves
-    working: int  # update: gradients of the widest layer, or the head's
+    activations: int  # update: what the layers keep of the micro-batches in flight
+    head: int  # update: what the last norm and the head save, and their backward passes need
+    working: int  # update, once the head's is freed: what a layer's backward pass needs
     scoring: int  # score: a forward pass, and the student's weights while the teacher's are in
     engine_weights: int
     engine_cache: int
@@ -61,17 +64,21 @@ class Memory:
         return mine + self.context + self.nccl
 
     @property
+    def learning(self) -> int:
+        """The head has gone backward, and freed what it saved, before the first layer does."""
+        return self.activations + max(self.head, self.working)
+
+    @property
     def phases(self) -> dict[str, int]:
         """The peak of each phase, margin included."""
         trainer = self.standing + self.margin
         asleep = trainer + self.engine_asleep
         engine = self.engine_asleep + self.engine_weights
-        learning = self.activations + self.head + self.working
         return {
             "sync": trainer + engine + self.sync_buckets,
             "rollout": trainer + max(engine + self.engine_cache, self.engine_claim),
             "score": asleep + self.batch + self.scoring,
-            "update": asleep + self.batch + learning,
+            "update": asleep + self.batch + self.learning,
         }
 
     @property
@@ -167,34 +174,30 @@ def stage_memory(scenario: Scenario, stage: int, engine: Engine = "transformer_e
     )
     stages, recompute = config.parallel.pipeline, config.model.recompute == "full"
     is_last = stage == stages - 1
-    head, head_working = _head(cut, config) if is_last else (0.0, 0.0)
-    layer = layer_working(cut) + (layer_saved(cut) if recompute else 0.0)
+    head, head_backward = _head(cut, config) if is_last else (0.0, 0.0)
     parts: dict[str, float] = {
         "weights": held.weights,
         "gradients": held.gradients,
         "optimizer": held.optimizer,
         "teacher": _teacher(scenario, held, stage),
         "batch": _batch(scenario, is_last),
-        "activations": saved_on_stage(
+        "activations": gather_buffer(cut)
+        + kept_on_stage(
             cut, stage=stage, recompute=recompute, in_flight=_in_flight(scenario, stage)
         ),
-        "head": head,
-        "working": max(layer, head_working),
-        "scoring": 2 * layer_working(cut) + head + _swapped(scenario, held),
+        "head": head_backward,
+        "working": layers_going_backward(cut, recompute=recompute),
+        "scoring": forward_pass(cut) + head + _swapped(scenario, held),
         **_engine(scenario, stage),
         "context": assumed.context_gib * GIB,
         "nccl": assumed.nccl_gib * GIB if scenario.machine.count > 1 else 0,
     }
     rounded = {name: int(value) for name, value in parts.items()}
-    trainer = sum(rounded[name] for name in ("weights", "gradients", "optimizer", "teacher"))
-    learning = sum(rounded[name] for name in ("activations", "head", "working"))
-    moving = rounded["batch"] + max(learning, rounded["scoring"])
-    return Memory(
-        stage=stage,
-        margin=int(assumed.fragmentation * (trainer + moving)),
-        capacity=scenario.machine.gpu.memory_bytes,
-        **rounded,
-    )
+    capacity = scenario.machine.gpu.memory_bytes
+    bare = Memory(stage=stage, margin=0, capacity=capacity, **rounded)
+    trainer = bare.weights + bare.gradients + bare.optimizer + bare.teacher + bare.batch
+    moving = max(bare.learning, bare.scoring)
+    return replace(bare, margin=int(assumed.fragmentation * (trainer + moving)))
 
 
 def _held(scenario: Scenario, model: Model, stage: int) -> Held:
@@ -255,13 +258,15 @@ def _head_shard(model: Model, parallel: ParallelConfig) -> int:
 
 
 def _head(cut: Cut, config: Config) -> tuple[float, float]:
-    """What policy/head.py saves, and what lives in its backward pass; every token is read."""
+    """What policy/head.py saves, every token read; and the most that lives of it and of the last
+    norm before the layers go backward."""
     tokens, hidden, e = cut.tokens, cut.model.hidden, cut.dtype_bytes
     ids = config.algorithm.needs.support_size
     saved = tokens * (hidden * e + 8 + 8 + 12 + ids * (8 + 8 * 4))
     blocks = 2 * config.model.head_chunk_tokens * HEAD_ROWS * 4
     working = tokens * hidden * (4 + e) + _head_shard(cut.model, config.parallel) * e
-    return saved, working + blocks + HEAD_ROWS * hidden * 4
+    working += blocks + HEAD_ROWS * hidden * 4
+    return saved, max(last_norm_saved(cut) + saved + working, last_norm_going_backward(cut))
 
 
 def _engine(scenario: Scenario, stage: int) -> dict[str, float]:

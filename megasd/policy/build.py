@@ -28,6 +28,7 @@ from megasd.policy.megatron_fixes import (
     allocate_adam_state,
     count_tokens_to_send_on_a_cpu,
     define_te_general_gemm,
+    forget_routing_after_use,
     leave_bucket_padding_out_of_offsets,
     leave_step_out_of_parameter_state,
 )
@@ -264,6 +265,7 @@ def build_model(
         post_process=layout.is_last_stage,
         share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings", False)),
     )
+    forget_routing_after_use(gpt)
     return gpt.to(backend.device)
 
 

@@ -1,8 +1,8 @@
 """What megatron-core 0.16 gets wrong for us: one named function per fault, each with a test.
 
 Three concern the distributed optimizer over torch's AdamW, which Megatron falls back to when
-neither Transformer Engine nor apex is installed; with their FusedAdam they do nothing. Two concern
-experts without Transformer Engine, or on a CPU.
+neither Transformer Engine nor apex is installed; with their FusedAdam they do nothing. Three
+concern experts: two of them without Transformer Engine or on a CPU, one everywhere.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 
 def define_te_general_gemm() -> None:
@@ -34,6 +35,23 @@ def count_tokens_to_send_on_a_cpu() -> None:
         return real(tensor, as_numpy, record_stream)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def forget_routing_after_use(gpt: torch.nn.Module) -> None:
+    """Free the routing of each layer with experts when nothing but its backward pass needs it.
+
+    The all-to-all dispatcher keeps it until it routes again, and by the probabilities' graph a
+    recomputed layer's input and that input's gradient, long after both were used.
+    """
+    for layer in gpt.modules():
+        if isinstance(layer, MoELayer):
+            layer.register_forward_hook(_forget_routing)
+
+
+def _forget_routing(layer: MoELayer, *_: Any) -> None:
+    dispatcher: Any = layer.token_dispatcher
+    dispatcher.probs = dispatcher.routing_map = None
+    dispatcher.reversed_local_input_permutation_mapping = None
 
 
 def _adams(optimizer: ChainedOptimizer) -> Iterator[torch.optim.Adam]:

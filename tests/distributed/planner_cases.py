@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megasd.types import View
-from tests.distributed.policy_cases import make_policy
+from tests.distributed.policy_cases import PlainLoss, batch_and_credit, make_policy, offsets_of
 
 
 def held_by_megatron(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
@@ -80,25 +80,49 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def peak_of_a_microbatch(folder: Path, settings: Mapping[str, Any], count: int, length: int) -> int:
-    """The most bytes alive in a forward and a backward pass, beside weights and gradients."""
-    from megasd.policy import forward
-
+def peak_of_a_microbatch(
+    folder: Path, settings: Mapping[str, Any], count: int, length: int
+) -> tuple[int, list[int]]:
+    """The most bytes alive in a forward and a backward pass, beside weights and gradients; and
+    how many tokens this rank's experts computed, by layer."""
     policy = make_policy(folder, settings)
+    from megasd.policy import forward  # not before the backend was chosen
+
     microbatch = _microbatch(count, length)
+    computed: dict[str, int] = {}
+
+    def note(name: str, inputs: tuple[Any, ...]) -> None:
+        computed[name] = inputs[0].shape[0]
+
+    for name, module in policy.state.gpt.named_modules():
+        if name.endswith(".mlp.experts"):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs))
     with LiveStorages() as storages:
-        hidden = forward.hidden_states(policy.state.ddp, microbatch)
-        hidden.backward(torch.ones_like(hidden))
-    return storages.peak
+        # No variable holds the hidden states, nor their gradient: a head would not either.
+        forward.hidden_states(policy.state.ddp, microbatch).sum().backward()
+    return storages.peak, list(computed.values())
+
+
+def peak_of_an_update(
+    folder: Path, settings: Mapping[str, Any], count: int, length: int
+) -> tuple[int, int]:
+    """The same of a whole optimizer step over one micro-batch, with its head and its loss; and
+    the bytes that are still alive after it."""
+    policy = make_policy(folder, {**settings, "max_tokens": count * length})
+    views = [view for view in _views(count, length) if view is not None]
+    batch, credit = batch_and_credit(views, seed=0)
+    with LiveStorages() as storages:
+        policy.update(views, offsets_of(views), batch, credit, PlainLoss(), minibatch=0)
+    return storages.peak, storages.now
 
 
 def saved_and_peak(
     folder: Path, settings: Mapping[str, Any], cuts: Sequence[tuple[int, int]]
 ) -> tuple[list[int], int]:
     """The same, and the most that a GPU had allocated in a forward and a backward pass."""
-    from megasd.policy import forward
-
     policy = make_policy(folder, settings)
+    from megasd.policy import forward  # not before the backend was chosen
+
     kept = {p.untyped_storage().data_ptr() for p in policy.state.gpt.parameters()}
     answers = []
     for count, length in cuts:
@@ -112,29 +136,35 @@ def saved_and_peak(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden = forward.hidden_states(policy.state.ddp, microbatch.to(policy.backend.device))
+            placed = microbatch.to(policy.backend.device)
+            total = forward.hidden_states(policy.state.ddp, placed).sum()
         answers.append(sum(storage.nbytes() for storage in storages.values()))
         storages.clear()
         if policy.backend.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-            hidden.backward(torch.ones_like(hidden))
-        del hidden
+            total.backward()
+        del total
     return answers, torch.cuda.max_memory_allocated() if policy.backend.is_cuda else 0
 
 
-def _microbatch(count: int, length: int) -> Any:
-    """`count` sequences of `length` tokens, half of each a prompt."""
-    from megasd.policy.sequences import pack
-
+def _views(count: int, length: int) -> list[View | None]:
+    """Sequences of `length` tokens, half of each a prompt."""
     draw = np.random.default_rng(count)
-    views: list[View | None] = [
+    return [
         View(
             prompt_ids=draw.integers(1, 90, length // 2),
             response_ids=draw.integers(1, 90, length - length // 2),
         )
         for _ in range(count)
     ]
+
+
+def _microbatch(count: int, length: int) -> Any:
+    from megasd.policy.sequences import pack
+
     offsets = np.arange(count + 1) * (length - length // 2)
     read = torch.ones(int(offsets[-1]), dtype=torch.bool)
-    (microbatch,) = pack(views, offsets, read, max_tokens=count * length, rank=0, num_ranks=1)
+    (microbatch,) = pack(
+        _views(count, length), offsets, read, max_tokens=count * length, rank=0, num_ranks=1
+    )
     return microbatch

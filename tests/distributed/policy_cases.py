@@ -188,13 +188,11 @@ def frequencies(hf_config: Mapping[str, Any]) -> np.ndarray:
     return rope.inv_freq.numpy()
 
 
-def faults_with_experts() -> dict[str, bool]:
+def faults_with_experts(folder: Path) -> dict[str, bool]:
     """Whether each fault of Megatron's experts that policy/megatron_fixes.py mends is there."""
     import importlib.util
 
-    from megasd.policy import backend
-
-    backend.start("cpu")
+    policy = make_policy(folder, {})
     from megatron.core.transformer.moe import moe_utils
 
     # A second copy of the module: the first may have been mended by an earlier case.
@@ -204,9 +202,13 @@ def faults_with_experts() -> dict[str, bool]:
     bare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bare)
     splits = bare.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True)
+    layer = policy.state.gpt.decoder.layers[0].mlp
+    layer.forward(torch.randn(3, 1, policy.state.gpt.config.hidden_size))  # without our hook
+    probabilities = getattr(layer.token_dispatcher, "probs", None)
     return {
         "te_general_gemm is no name": not hasattr(bare, "te_general_gemm"),
         "split sizes stay a tensor": isinstance(splits, torch.Tensor),
+        "routing stays with its graph": probabilities is not None and probabilities.requires_grad,
     }
 
 

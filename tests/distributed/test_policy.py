@@ -171,9 +171,11 @@ def test_llama_3s_frequencies_are_those_of_transformers(ranks: Ranks) -> None:
         np.testing.assert_allclose(found, theirs.numpy(), rtol=1e-6)
 
 
-def test_megatrons_faults_with_experts_on_a_cpu_are_still_there(ranks: Ranks) -> None:
+def test_megatrons_faults_with_experts_are_still_there(
+    folders: Mapping[str, Path], ranks: Ranks
+) -> None:
     """Goes red when Megatron mends one: then its function in policy/megatron_fixes.py goes."""
-    (found,) = ranks.run(cases.faults_with_experts, world_size=1)
+    (found,) = ranks.run(cases.faults_with_experts, folders["qwen3_moe"], world_size=1)
     assert all(found.values()), found
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from megasd.planner.activations import Cut, layer_working, saved_on_stage
+from megasd.planner.activations import (
+    Cut,
+    gather_buffer,
+    kept_on_stage,
+    last_norm_going_backward,
+    last_norm_saved,
+    layers_going_backward,
+)
 from megasd.planner.buffers import held_bytes
 from megasd.planner.model import Model
 from megasd.policy.config import ParallelConfig
@@ -73,11 +80,10 @@ def test_a_forward_on_a_gpu_saves_what_the_planner_counts_and_peaks_where_it_say
         dtype_bytes=2,
         engine=engine,
     )
-    planned = saved_on_stage(cut, stage=0, recompute=recompute == "full", in_flight=1)
-    assert planned == pytest.approx(saved, rel=0.1)
+    is_full = recompute == "full"
+    kept = kept_on_stage(cut, stage=0, recompute=is_full, in_flight=1)
+    assert kept + last_norm_saved(cut) == pytest.approx(saved, rel=0.1)
     held = held_bytes(model, ParallelConfig(), world_size=1, stage=0, dtype_bytes=2)
-    standing = held.weights + held.gradients + held.optimizer
-    working = layer_working(cut)
-    if recompute == "full":
-        working += saved_on_stage(cut, stage=-1, recompute=False, in_flight=1) / model.layers
-    assert standing + planned + working == pytest.approx(peak - before, rel=0.1)
+    standing = held.weights + held.gradients + held.optimizer + gather_buffer(cut)
+    working = max(last_norm_going_backward(cut), layers_going_backward(cut, recompute=is_full))
+    assert standing + kept + working == pytest.approx(peak - before, rel=0.1)

@@ -24,7 +24,7 @@ preflight: false
 grace_seconds: 10
 """
 # Without evaluations between, the first of which may take an hour.
-WATCHED = ["watchdog.factor=2", "watchdog.minimum_seconds=20", "evaluation.every=0"]
+WATCHED = ["watchdog.factor=2", "watchdog.minimum_seconds=12", "evaluation.every=0"]
 LAYOUT = ["parallel.tensor=2", "run.device=cpu", "checkpoint.export_hf=false"]
 
 

@@ -164,7 +164,8 @@ def test_bytes_follow_the_layout_the_teacher_and_the_recomputation() -> None:
     assert none["working"] < base["working"]
     one = held("rollout.engine=hf")
     assert one["engine_asleep"] == 0
-    assert held("optimizer.max_tokens_per_microbatch=40960")["head"] == 2 * base["head"]
+    wide = held("optimizer.max_tokens_per_microbatch=40960")["head"]
+    assert base["head"] < wide < 2 * base["head"]  # a gradient of its weight, two blocks of logits
 
 
 def test_a_microbatch_is_no_longer_than_what_a_replica_reads() -> None:
