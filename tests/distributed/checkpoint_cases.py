@@ -35,11 +35,11 @@ def _learn(policy: Any, prompts: Any, steps: range) -> list[Any]:
     offsets = cases.offsets_of(views)
     seen = []
     for step in steps:
-        batch, credit = cases.batch_and_credit(views, seed=100 + step)
+        batch, credit = cases.batch_and_credit(views, 100 + step, policy.backend.device.type)
         result = policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
         policy.teacher.after_batch(step, updated=True)
         drawn = [prompt.index for prompt in prompts.next(3)]
-        teacher = policy.score_teacher("teacher", views, offsets).logprobs.numpy().copy()
+        teacher = policy.score_teacher("teacher", views, offsets).logprobs.cpu().numpy().copy()
         seen.append((result.metrics, drawn, torch.rand(3).tolist(), teacher))
     return seen
 

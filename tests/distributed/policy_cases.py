@@ -142,7 +142,7 @@ def weights_of(policy: Any) -> dict[str, np.ndarray]:
     from megasd.weights.bucket import named_tensors
 
     buckets = policy.weight_buckets(whole=True)
-    return {name: tensor.float().numpy().copy() for name, tensor in named_tensors(buckets)}
+    return {name: tensor.float().cpu().numpy().copy() for name, tensor in named_tensors(buckets)}
 
 
 def score_and_learn(folder: Path, settings: Mapping[str, Any], seed: int, vocab: int) -> dict:
