@@ -1,8 +1,8 @@
 """The command line. Imports nothing heavy: what a command needs is imported when it runs.
 
-Exit codes: 0 done, 2 the user's input cannot be used (one sentence per fault on stderr), 85 a run
-saved and stopped before its end because it was sent SIGUSR1, 86 nothing happened any more and the
-watchdog ended the run: start it again.
+Exit codes: 0 done, 2 the user's input cannot be used (one sentence per fault on stderr). Start it
+again after 1, trouble that may pass, like a full disk; 85, a run saved and stopped before its end
+because it was sent SIGUSR1; 86, nothing happened any more and the watchdog ended the run.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from megasd import __version__, interrupt
 from megasd.algorithms import ALGORITHMS
 from megasd.config import COMMAND_LINE, Config, ConfigError, read_config, to_yaml
 from megasd.doctor import add_doctor_command
+from megasd.errors import TryAgainError
 from megasd.launch.flags import add_flags
 from megasd.plan import plan
 from megasd.planner.command import add_plan_command
@@ -37,9 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not _is_ours(error.__traceback__):
             raise  # from a library: not a sentence for users, the traceback is needed
-        # Perhaps this rank alone met it: every rank speaks.
-        _print_errors([str(error) if _is_first_rank() else f"rank {_rank()}: {error}"])
+        _print_own(error)
         return 2
+    except TryAgainError as error:
+        _print_own(error)
+        return 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -231,6 +234,11 @@ def _export(args: argparse.Namespace) -> None:
 def _print_errors(errors: Sequence[str]) -> None:
     for error in errors:
         print(f"megasd: error: {error}", file=sys.stderr)
+
+
+def _print_own(error: Exception) -> None:
+    """Perhaps this rank alone met it: every rank speaks."""
+    _print_errors([str(error) if _is_first_rank() else f"rank {_rank()}: {error}"])
 
 
 def _is_ours(traceback: TracebackType | None) -> bool:

@@ -6,7 +6,10 @@ happens to it later shows in its manifest: a resumed run checks every byte, and 
 last checkpoint that is still what was written.
 """
 
+import contextlib
 import datetime
+import functools
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megasd.checkpoint.config import CheckpointConfig
-from megasd.checkpoint.manifest import damage, read_manifest, share_of
+from megasd.checkpoint.manifest import look_at_files, share_of, wrong_checksums
 from megasd.checkpoint.model_state import (
     check_same_run,
     reseed,
@@ -26,6 +29,7 @@ from megasd.checkpoint.model_state import (
 )
 from megasd.checkpoint.writer import Writing, force_to_disk, in_words, stage
 from megasd.data.prompts import Prompts
+from megasd.errors import TryAgainError
 from megasd.policy.policy import Policy
 
 MAX_FAILED_SAVES = 3  # in a row, before a run that cannot save stops
@@ -44,7 +48,7 @@ def newest(folder: Path) -> Path | None:
     return _path(folder, _PREFIX, steps[-1]) if steps else None
 
 
-class SaveError(ValueError):
+class SaveError(TryAgainError):
     """A checkpoint could not be written; the message says why, and what is left."""
 
 
@@ -68,61 +72,73 @@ class Checkpoints:
         assert isinstance(group, dist.ProcessGroup), "every rank is a member"
         self._group = group
         self._writing: tuple[int, Writing] | None = None
+        self._is_validated = False  # the plan of a save: its shards do not change in a run
         self._failed_saves = 0  # in a row
 
     def restore(self) -> None:
         """Continue from the newest whole checkpoint, in whatever layout; with none, from the start.
 
         A damaged one is put aside as damaged_000050, with a warning. Raises ValueError if there
-        are only damaged ones. Random states are of ranks: another number of ranks starts new ones
-        from the run's seed. Nothing of ours draws from them; what is sampled has its own seeds.
+        are only damaged ones, TryAgainError where files cannot be read. Random states are of
+        ranks: another number of ranks starts new ones from the run's seed. Nothing of ours draws
+        from them; what is sampled has its own seeds.
         """
-        steps = saved_steps(self.folder)
-        damaged = []
-        for step in reversed(steps):
-            folder = _path(self.folder, _PREFIX, step)
-            found = self._damage(folder)
-            if not found:
-                break
-            damaged.append(f"{folder} {'; '.join(found)}")
-        else:
-            if steps:
-                raise ValueError(
-                    f"no checkpoint is whole: {', and '.join(damaged)}; put a copy of one there, "
-                    "or start a new run"
-                )
-        if dist.get_rank() == 0:
-            self._tidy(steps[len(steps) - len(damaged) :], damaged)
-        dist.barrier()
-        if steps:
-            self._load(_path(self.folder, _PREFIX, steps[len(steps) - len(damaged) - 1]))
-
-    def _damage(self, folder: Path) -> list[str]:
-        """What is not as it was written, the same on every rank; each rank reads a share."""
-        found: list[str] = []
-        try:
-            files = read_manifest(folder)
-            share = share_of(files, dist.get_rank(), dist.get_world_size())
-            found = damage(folder, files, share)
-        except ValueError as error:
-            found = [str(error)]
-        everywhere: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(everywhere, found)
-        return list(dict.fromkeys(sentence for found in everywhere for sentence in found))
-
-    def _tidy(self, damaged_steps: list[int], sentences: list[str]) -> None:
-        for step in damaged_steps:
-            aside = _path(self.folder, _DAMAGED, step)
-            shutil.rmtree(aside, ignore_errors=True)
-            _path(self.folder, _PREFIX, step).rename(aside)
-        for sentence in sentences:
-            print(
-                f"megasd: warning: {sentence}; it is put aside under {_DAMAGED}*, and the run goes "
-                "on from the checkpoint before it",
-                file=sys.stderr,
+        # A network file system may show ranks different folders for a while: the first one says.
+        steps = _from_first_rank(saved_steps(self.folder) if dist.get_rank() == 0 else None)
+        whole, damaged = self._choose(steps)
+        if steps and whole is None:
+            found = ", and ".join(
+                f"{_path(self.folder, _PREFIX, s)} {d}" for s, d in damaged.items()
             )
+            raise ValueError(
+                f"no checkpoint is whole: {found}; put a copy of one there, or start a new run"
+            )
+        if dist.get_rank() == 0:
+            self._tidy(damaged)
+        dist.barrier()
+        if whole is not None:
+            self._load(_path(self.folder, _PREFIX, whole))
+
+    def _choose(self, steps: list[int]) -> tuple[int | None, dict[int, str]]:
+        """The last whole checkpoint, and what is wrong with those behind it."""
+        damaged: dict[int, str] = {}
+        for step in reversed(steps):
+            found = self._damage(_path(self.folder, _PREFIX, step))
+            if not found:
+                return step, damaged
+            damaged[step] = found
+        return None, damaged
+
+    def _damage(self, folder: Path) -> str:
+        """What is not as it was written, the same on every rank; each rank reads a share."""
+        found = None
+        if dist.get_rank() == 0:
+            found = look_at_files(folder)
+        files, wrong, trouble = _from_first_rank(found)
+        if not wrong and not trouble:
+            share = share_of(files, dist.get_rank(), dist.get_world_size())
+            everywhere: list[tuple[list[str], str]] = [([], "")] * dist.get_world_size()
+            dist.all_gather_object(everywhere, wrong_checksums(folder, files, share))
+            wrong = [sentence for sentences, _ in everywhere for sentence in sentences]
+            trouble = "; ".join(f"rank {i}: {t}" for i, (_, t) in enumerate(everywhere) if t)
+        if trouble:  # no reason to give a checkpoint up
+            raise TryAgainError(
+                f"{folder} cannot be read ({trouble}); nothing is changed, try again"
+            )
+        return "; ".join(wrong)
+
+    def _tidy(self, damaged: dict[int, str]) -> None:
+        for step, sentence in damaged.items():
+            folder, aside = (_path(self.folder, p, step) for p in (_PREFIX, _DAMAGED))
+            _warn(
+                f"{folder} {sentence}; it is put aside as {aside.name}, and the run goes on from "
+                "the checkpoint before it"
+            )
+            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the next save of this step replaces it
+                folder.rename(aside)
         for step in _steps(self.folder, _PARTIAL):  # of a process that was killed
-            shutil.rmtree(_path(self.folder, _PARTIAL, step))
+            shutil.rmtree(_path(self.folder, _PARTIAL, step), ignore_errors=True)
 
     def _load(self, folder: Path) -> None:
         common = dist_checkpointing.load_common_state_dict(str(folder))
@@ -154,73 +170,91 @@ class Checkpoints:
     def save_if_due(self, step: int, *, last: bool) -> None:
         """After step `step` (from 0): every k steps, beside the next ones; at the end, at once.
 
-        A save that failed is repeated after the next step, and the run goes on: raises SaveError,
-        on every rank, where it failed MAX_FAILED_SAVES times in a row or was the last.
+        A save that failed is a warning, and tried again: raises SaveError, on every rank, where
+        it failed MAX_FAILED_SAVES times in a row or was the last.
         """
         done = step + 1
-        self._settle(wait=False, must=False)
-        is_due = self.config.every and done % self.config.every == 0
         if last:
-            self.save(done)
-        elif is_due or (self._failed_saves and self._writing is None):
-            self._begin(done, must=False)
+            return self.save(done)
+        is_due = self.config.every and done % self.config.every == 0
+        self._tolerate(self._settle(wait=bool(is_due)))
+        if is_due or (self._failed_saves and self._writing is None):
+            self._tolerate(self._begin(done))
 
     def save(self, next_step: int) -> None:
         """Write one and wait for it; raises SaveError, and older checkpoints stay good."""
-        self._begin(next_step, must=True)
-        self._settle(wait=True, must=True)
+        self._settle(wait=True)  # this one is newer, whatever became of that
+        if failure := self._begin(next_step) or self._settle(wait=True):
+            raise SaveError(f"{failure}, then continue with --resume")
 
     def close(self) -> None:
-        """Waits for a checkpoint that is being written, also when the run has failed."""
+        """Waits for a checkpoint that is being written while the run ends with an error."""
         if self._writing is not None:
-            self._writing[1].wait()
+            self._writing[1].wait(patiently=False)
 
-    def _begin(self, next_step: int, *, must: bool) -> None:
-        """Plan and copy, and leave the rest to the threads; waits for a save that is under way."""
-        self._settle(wait=True, must=False)
+    def _begin(self, next_step: int) -> str | None:
+        """Plan and copy, and leave the rest to the threads; returns why that cannot be."""
         partial = _path(self.folder, _PARTIAL, next_step)
-        failure: list[str | None] = [None]
+        failure = None
         if dist.get_rank() == 0:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             except OSError as error:
-                failure = [in_words(error)]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            return self._failed(next_step, failure[0], must=must)
+                failure = in_words(error)
+        if failure := _from_first_rank(failure):
+            return self._sentence(next_step, failure)
         state = {
             **sharded_state(self.policy, loading=False),
             "prompts": self.prompts.state_dict(),
             "memory": {name: value.cpu() for name, value in self.memory.items()},
             "next_step": next_step,
         }
-        staged = stage(state, partial, is_cuda=self.policy.backend.is_cuda)
-        publish = lambda: self._publish(partial, next_step)  # noqa: E731
+        is_cuda, validate = self.policy.backend.is_cuda, not self._is_validated
+        staged = stage(state, partial, is_cuda=is_cuda, validate=validate)
+        self._is_validated = True
+        publish = functools.partial(self._publish, partial, next_step)
         self._writing = (next_step, Writing(staged, partial, self._group, publish))
+        return None
 
-    def _settle(self, *, wait: bool, must: bool) -> None:
-        """Learn, on all ranks together, how the save under way ended; `must`: a failure raises."""
+    def _settle(self, *, wait: bool) -> str | None:
+        """How the save under way ended, agreed on by all ranks; None: well, or not yet."""
         if self._writing is None:
-            return
+            return None
         step, writing = self._writing
         if wait:
-            writing.wait()
-        elif not self._is_done_everywhere(writing):
-            return
+            writing.wait(patiently=True)
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, (writing.is_done, writing.failure))
+        if not all(is_done for is_done, _ in said):
+            return None
         self._writing = None
-        if writing.failure is not None:
-            self._failed(step, writing.failure, must=must)
-        else:
-            self._failed_saves = 0
+        if failure := next((failure for _, failure in said if failure is not None), None):
+            return self._sentence(step, failure)
+        self._failed_saves = 0
+        return None
 
-    def _is_done_everywhere(self, writing: Writing) -> bool:
-        done = torch.tensor(int(writing.is_done), device=self.policy.backend.device)
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
-        return bool(done)
+    def _tolerate(self, failure: str | None) -> None:
+        if failure is None:
+            return
+        self._failed_saves += 1
+        if self._failed_saves == MAX_FAILED_SAVES:
+            raise SaveError(f"{failure}, then continue with --resume")
+        if dist.get_rank() == 0:
+            _warn(f"{failure}; the run goes on, and tries again")
+
+    def _sentence(self, step: int, failure: str) -> str:
+        free = "an unknown number of"
+        with contextlib.suppress(OSError):
+            free = f"{shutil.disk_usage(self.folder.parent).free / 2**20:.0f}"
+        return (
+            f"{_path(self.folder, _PREFIX, step)} could not be written ({failure}); the file "
+            f"system has {free} MiB free. Earlier checkpoints are untouched "
+            f"({saved_steps(self.folder) or 'none'}): make room"
+        )
 
     def _publish(self, partial: Path, step: int) -> None:
-        """On the first rank, when all is on the disk."""
+        """On the first rank, when all is on the disk. With its name the checkpoint is there."""
         final = _path(self.folder, _PREFIX, step)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -230,35 +264,28 @@ class Checkpoints:
         for prefix, saved in old:
             # Under another name first: a kill leaves no half of a checkpoint behind.
             rest = _path(self.folder, _PARTIAL, saved)
-            _path(self.folder, prefix, saved).rename(rest)
-            shutil.rmtree(rest, ignore_errors=True)
+            try:
+                _path(self.folder, prefix, saved).rename(rest)
+                shutil.rmtree(rest)
+            except OSError as error:
+                _warn(f"{_path(self.folder, prefix, saved)} cannot be removed: {in_words(error)}")
 
-    def _failed(self, step: int, failure: str, *, must: bool) -> None:
-        self._failed_saves += 1
-        must = must or self._failed_saves == MAX_FAILED_SAVES
-        free: list[int] = [0]
-        if dist.get_rank() == 0:
-            shutil.rmtree(_path(self.folder, _PARTIAL, step), ignore_errors=True)
-            free = [shutil.disk_usage(self.folder.parent).free]
-        dist.broadcast_object_list(free, src=0)
-        sentence = (
-            f"{_path(self.folder, _PREFIX, step)} could not be written ({failure}); "
-            f"{free[0] / 2**20:.0f} MiB are free there. Earlier checkpoints are untouched "
-            f"({saved_steps(self.folder) or 'none'}): make room"
-        )
-        if must:
-            raise SaveError(f"{sentence}, then continue with --resume")
-        if dist.get_rank() == 0:
-            print(
-                f"megasd: warning: {sentence}; the run goes on, and saves after the next step",
-                file=sys.stderr,
-            )
+
+def _from_first_rank(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _warn(sentence: str) -> None:
+    print(f"megasd: warning: {sentence}", file=sys.stderr)
 
 
 def _steps(folder: Path, prefix: str) -> list[int]:
     if not folder.is_dir():
         return []
-    return sorted(int(path.name.removeprefix(prefix)) for path in folder.glob(f"{prefix}*[0-9]"))
+    found = (re.fullmatch(rf"{prefix}(\d+)", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
 
 
 def _path(folder: Path, prefix: str, step: int) -> Path:

@@ -49,19 +49,38 @@ def share_of(files: Mapping[str, Mapping[str, Any]], rank: int, num_ranks: int) 
     return mine
 
 
-def damage(folder: Path, files: Files, names: Sequence[str]) -> list[str]:
-    """What is wrong with each of `names`; the bytes are read only where the size is right."""
-    found = []
-    for name in names:
-        try:
-            size = (folder / name).stat().st_size
-            if size != files[name]["bytes"]:
-                found.append(f"{name} has {size} bytes instead of {files[name]['bytes']}")
-            elif _describe(folder / name) != files[name]:
-                found.append(f"{name} has other bytes than were written")
-        except OSError as error:
-            found.append(f"{name} cannot be read ({error.strerror})")
-    return found
+def look_at_files(folder: Path) -> tuple[Files, list[str], str]:
+    """The manifest, which files are missing or of another size, and why they cannot be looked at.
+
+    Nothing of content: see `wrong_checksums`. Trouble that may pass, a file system that fails for
+    a while, is no damage.
+    """
+    try:
+        files = read_manifest(folder)
+        return files, [s for name in files if (s := _wrong_size(folder / name, files[name]))], ""
+    except ValueError as error:
+        return {}, [str(error)], ""
+    except OSError as error:
+        return {}, [], str(error)
+
+
+def _wrong_size(path: Path, entry: Mapping[str, Any]) -> str:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    if size == entry["bytes"]:
+        return ""
+    return f"{path.name} has {size} bytes instead of {entry['bytes']}"
+
+
+def wrong_checksums(folder: Path, files: Files, names: Sequence[str]) -> tuple[list[str], str]:
+    """Which of `names`, all of them there, have other bytes; and why they cannot be read."""
+    try:
+        wrong = [name for name in names if _describe(folder / name) != files[name]]
+    except OSError as error:
+        return [], str(error)
+    return [f"{name} has other bytes than were written" for name in wrong], ""
 
 
 def _describe(path: Path) -> dict[str, Any]:

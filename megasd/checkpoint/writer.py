@@ -7,9 +7,11 @@ folder. The threads talk over a process group of their own, so a checkpoint is c
 it is written, whatever the ranks are doing by then.
 """
 
+import functools
 import io
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,30 +54,28 @@ class Staged:
 
     plan: _Plan
     buckets: list[Any]  # one per file: (path, name, (byte items, tensor items))
-    common: bytes  # what is not sharded
+    common: bytes  # what is not sharded, on the first rank
 
 
-def stage(state: dict[str, Any], folder: Path, *, is_cuda: bool) -> Staged:
-    """Plan and copy; called by all ranks, and `folder` exists."""
+def stage(state: dict[str, Any], folder: Path, *, is_cuda: bool, validate: bool) -> Staged:
+    """Plan and copy; called by all ranks, and `folder` exists.
+
+    `validate`: that each shard is saved once. Every rank hears of all shards for it.
+    """
     sharded: Any
-    sharded, common = save_preprocess(state)
+    sharded, common = save_preprocess(state, validate_access_integrity=validate)
     plan = _Plan(*_FORMAT)
     plan.async_save(sharded, folder)
+    copy = functools.partial(torch.Tensor.to, device="cpu", non_blocking=is_cuda, copy=True)
     buckets = [
-        (path, name, (items, [(item, _copy(tensor, is_cuda)) for item, tensor in tensors]))
+        (path, name, (items, [(item, copy(tensor)) for item, tensor in tensors]))
         for path, name, (items, tensors) in plan.writer.write_buckets
     ]
     if is_cuda:
         torch.cuda.synchronize()
     plan.writer.write_buckets = None  # it refers to the tensors that were copied
-    return Staged(plan=plan, buckets=buckets, common=_as_bytes(common))
-
-
-def _copy(tensor: torch.Tensor, is_cuda: bool) -> torch.Tensor:
-    # Of a model on a GPU, what lies in host memory was gathered for this checkpoint: no step
-    # changes it, and it can be most of the bytes. Only counters live there.
-    is_fresh = is_cuda and not tensor.is_cuda and tensor.dim() > 0
-    return tensor if is_fresh else tensor.to("cpu", non_blocking=is_cuda, copy=True)
+    own = _as_bytes(common) if dist.get_rank() == 0 else b""
+    return Staged(plan=plan, buckets=buckets, common=own)
 
 
 def _as_bytes(values: Any) -> bytes:
@@ -91,7 +91,7 @@ class Writing:
         self, staged: Staged, partial: Path, group: dist.ProcessGroup, publish: Callable[[], None]
     ) -> None:
         """`publish` runs on the first rank when all is on the disk, and gives it its name."""
-        self.failure: str | None = None  # the same on every rank, once it is done
+        self.failure: str | None = "the writer has not finished"  # None: all went well
         self._staged: Staged | None = staged
         self._partial = partial
         self._group = group
@@ -103,18 +103,21 @@ class Writing:
     def is_done(self) -> bool:
         return not self._thread.is_alive()
 
-    def wait(self) -> None:
-        """On all ranks at once: they have the same patience."""
-        with waiting_for(lambda: f"the files of {self._partial}", may_take_long=True):
+    def wait(self, *, patiently: bool) -> None:
+        """`patiently`: as long as it takes; on all ranks at once, for the watchdog's sake."""
+        with waiting_for(lambda: f"the files of {self._partial}", may_take_long=patiently):
             self._thread.join()
 
     def _run(self) -> None:
         try:
-            self._write_together()
-        except Exception as error:  # a rank is gone: the training ends as well
+            self.failure = self._write_together()
+        except BaseException as error:  # a rank is gone, say: the thread has nobody to tell
             self.failure = f"rank {dist.get_rank()}: {in_words(error)}"
+        if self.failure is not None and dist.get_rank() == 0:  # make room at once
+            shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _write_together(self) -> None:
+    def _write_together(self) -> str | None:
+        """What went wrong on any rank."""
         staged, self._staged = self._staged, None
         assert staged is not None
         results, files, failure = [], {}, None
@@ -129,7 +132,7 @@ class Writing:
         if said is not None:
             outcome = [self._finish(staged.plan, said)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
-        self.failure = outcome[0]
+        return outcome[0]
 
     def _finish(self, plan: _Plan, said: list[Any]) -> str | None:
         """On the first rank, when every rank has written: what went wrong, or None."""
@@ -165,7 +168,9 @@ def _write_bucket(staged: Staged, bucket: Any) -> list[Any]:
     writer, results, place = staged.plan.writer, queue.SimpleQueue(), queue.Queue()
     place.put(0)
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-    type(writer).write_preloaded_data(transforms, 0, bucket, results, place, use_fsync=True)
+    # Unwrapped: the wrapper keeps the garbage collector of the whole process off.
+    write = type(writer).write_preloaded_data.__wrapped__
+    write(transforms, 0, bucket, results, place, use_fsync=True)
     _, written = results.get_nowait()
     if isinstance(written, Exception):
         raise written
@@ -173,10 +178,14 @@ def _write_bucket(staged: Staged, bucket: Any) -> list[Any]:
 
 
 def force_to_disk(*paths: Path) -> None:
+    """Files, and folders where the file system can do that."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError:
+            if not path.is_dir():
+                raise
         finally:
             os.close(handle)
 

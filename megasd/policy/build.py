@@ -29,9 +29,9 @@ from megasd.policy.megatron_fixes import (
     count_tokens_to_send_on_a_cpu,
     define_te_general_gemm,
     forget_routing_after_use,
-    leave_bucket_padding_out_of_offsets,
     leave_step_out_of_parameter_state,
 )
+from megasd.policy.optimizer_shards import save_ranges_as_boxes
 from megasd.policy.rope import rope_arguments
 from megasd.policy.spec import layer_spec
 from megasd.weights.layout import Sizes
@@ -309,7 +309,7 @@ def build_optimizer(ddp: DistributedDataParallel, optimizer: OptimizerConfig) ->
     assert isinstance(built, ChainedOptimizer)
     allocate_adam_state(built)
     leave_step_out_of_parameter_state(built)
-    leave_bucket_padding_out_of_offsets(built)
+    save_ranges_as_boxes(built)
     config.grad_scale_func = built.scale_loss
     return built
 

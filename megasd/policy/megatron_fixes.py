@@ -106,44 +106,6 @@ def leave_step_out_of_parameter_state(optimizer: ChainedOptimizer) -> None:
         instance._set_main_param_and_optimizer_states = write_without
 
 
-def leave_bucket_padding_out_of_offsets(optimizer: ChainedOptimizer) -> None:
-    """Read each parameter's optimizer state where it is when a buffer has several buckets.
-
-    The reshardable checkpoint lays the buckets end to end without the padding between them, and
-    then reads parameters at their offsets with it. An embedding that is tied across pipeline
-    stages has a bucket of its own, so every other parameter of its stage is saved shifted.
-    """
-    for part in optimizer.chained_optimizers:
-        if not isinstance(part, DistributedOptimizer):
-            continue
-        real = part.sharded_param_state_fully_reshardable
-
-        def state(*args: Any, part: Any = part, real: Any = real, **kwargs: Any) -> Any:
-            padded = [buffer.param_index_map for buffer in part.buffers]
-            try:
-                for buffer in part.buffers:
-                    buffer.param_index_map = offsets_without_padding(buffer)
-                return real(*args, **kwargs)
-            finally:
-                for buffer, offsets in zip(part.buffers, padded, strict=True):
-                    buffer.param_index_map = offsets
-
-        instance: Any = part
-        instance.sharded_param_state_fully_reshardable = state
-
-
-def offsets_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
-    """A buffer's (start, end, bucket) by parameter, as if its buckets stood end to end."""
-    padding, compact_start = [], 0
-    for bucket in buffer.buckets:
-        padding.append(bucket.offset - compact_start)
-        compact_start += bucket.numel_unpadded
-    return {
-        parameter: (start - padding[bucket], end - padding[bucket], bucket)
-        for parameter, (start, end, bucket) in buffer.param_index_map.items()
-    }
-
-
 def unshare_step(optimizer: ChainedOptimizer) -> None:
     """After loading, give every parameter its own `step`.
 

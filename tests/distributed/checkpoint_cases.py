@@ -252,29 +252,3 @@ def megatron_faults(folder: Path, run_folder: Path) -> dict[str, bool]:
     steps = [s["step"] for s in adam.optimizer.state.values()]
     found["one step for all parameters"] = len({step.data_ptr() for step in steps}) < len(steps)
     return found
-
-
-def offset_fault(folder: Path) -> tuple[bool, bool]:
-    """On the last of two stages: is another parameter's state saved, bare and with our mend?"""
-    policy = cases.make_policy(folder, {"pipeline": 2})
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    (part,) = policy.state.optimizer.chained_optimizers
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-    def saves_the_wrong_values(read: Any) -> bool:
-        model = policy.state.gpt.sharded_state_dict()
-        saved = {tensors["param"].key: tensors["param"].data for tensors in read(model).values()}
-        own = policy.parameters["decoder.layers.0.mlp.linear_fc2.weight"]
-        key = f"optimizer.state.param.{model['decoder.layers.0.mlp.linear_fc2.weight'].key}"
-        return not torch.equal(saved[key], own.detach())
-
-    bare = saves_the_wrong_values(
-        lambda model: DistributedOptimizer.sharded_param_state_fully_reshardable(
-            part, model, False, metadata
-        )
-    )
-    mended = saves_the_wrong_values(
-        lambda model: part.sharded_param_state_fully_reshardable(model, False, metadata)
-    )
-    return bare, mended

@@ -6,11 +6,12 @@ import pytest
 
 from megasd.checkpoint.manifest import (
     MANIFEST_FILE,
-    damage,
     describe,
+    look_at_files,
     read_manifest,
     share_of,
     write_manifest,
+    wrong_checksums,
 )
 
 
@@ -42,11 +43,28 @@ def test_what_is_not_as_it_was_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(b"01234")
     (tmp_path / "changed").write_bytes(b"0123456780")
     (tmp_path / "gone").unlink()
-    assert damage(tmp_path, read_manifest(tmp_path), names) == [
-        "cut has 5 bytes instead of 10",
-        "changed has other bytes than were written",
-        "gone cannot be read (No such file or directory)",
-    ]
+    files, wrong, trouble = look_at_files(tmp_path)
+    assert wrong == ["cut has 5 bytes instead of 10", "gone is missing"]
+    assert trouble == ""
+    wrong, trouble = wrong_checksums(tmp_path, files, ["whole", "changed"])
+    assert wrong == ["changed has other bytes than were written"]
+    assert trouble == ""
+
+
+def test_a_file_system_that_fails_is_no_damage(tmp_path: Path) -> None:
+    """A folder in the place of a file cannot be read, like a stale handle of a network."""
+    (tmp_path / "shard").write_bytes(b"0123456789")
+    write_manifest(tmp_path, describe(tmp_path, ["shard"]))
+    (tmp_path / "shard").unlink()
+    (tmp_path / "shard").mkdir()
+    wrong, trouble = wrong_checksums(tmp_path, read_manifest(tmp_path), ["shard"])
+    assert wrong == []
+    assert "Is a directory" in trouble
+    (tmp_path / MANIFEST_FILE).unlink()
+    (tmp_path / MANIFEST_FILE).mkdir()
+    files, wrong, trouble = look_at_files(tmp_path)
+    assert (files, wrong) == ({}, [])
+    assert "Is a directory" in trouble
 
 
 @pytest.mark.parametrize("text", ["", '{"files": {"a"', '{"files": {"a": {"bytes": 1}}}', "[]"])
