@@ -4,7 +4,7 @@
     python tools/inspect_checkpoint.py runs/math --checksums
 
 For Hugging Face folders, distributed checkpoints of Megatron-core, and folders of runs (their
-newest checkpoint).
+newest checkpoint). The files of a run's checkpoint are compared with its manifest.json.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megasd.checkpoint.manifest import MANIFEST_FILE, look_at_files, wrong_checksums
 from megasd.weights.conversion import COMMON_FILE, HF_PART
 from megasd.weights.dist_checkpoint import (
     BACKEND_FILE,
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
-        "--checksums", action="store_true", help="read every record of a distributed checkpoint"
+        "--checksums", action="store_true", help="read every byte of a distributed checkpoint"
     )
     args = parser.parse_args()
     try:
@@ -111,7 +112,8 @@ def inspect_folder(path: Path) -> Findings:
 
 def inspect_distributed(path: Path, *, checksums: bool) -> Findings:
     dist = DistCheckpoint(path)
-    found = Findings("distributed checkpoint (torch_dist)", path, _config_of(path))
+    common = _common(path)
+    found = Findings("distributed checkpoint (torch_dist)", path, _config_of(path, common))
     found.shards = {name: (path / name).stat().st_size for name in dist.file_names}
     for key, stored in dist.tensors.items():
         shape, chunks = tuple(stored.size), f"{len(dist.chunks[key])} chunks"
@@ -125,22 +127,40 @@ def inspect_distributed(path: Path, *, checksums: bool) -> Findings:
             found.problems.append(f"{file} is missing")
     extra = sorted({file.name for file in path.glob("*.distcp")} - found.shards.keys())
     found.problems += [f"{name} is not named by .metadata" for name in extra]
+    if "next_step" in common or (path / MANIFEST_FILE).is_file():
+        found.problems += _unlike_manifest(path, checksums=checksums)
     if checksums:
         found.problems += _damaged(dist)
     return found
 
 
-def _config_of(path: Path) -> Mapping[str, Any] | None:
+def _common(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint holds beside its tensors; empty without the file."""
+    if not (path / COMMON_FILE).is_file():
+        return {}
+    try:
+        return torch.load(path / COMMON_FILE, map_location="cpu", weights_only=False)
+    except Exception as error:  # a pickle fails in as many ways as it has bytes
+        raise ValueError(f"{path / COMMON_FILE} cannot be read ({error!r})") from error
+
+
+def _config_of(path: Path, common: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a conversion or a training run keeps of the model's config."""
     if (path / HF_PART / "config.json").is_file():
         return read_hf_config(path / HF_PART)
-    if not (path / COMMON_FILE).is_file():
-        return None
-    try:
-        common = torch.load(path / COMMON_FILE, map_location="cpu", weights_only=False)
-    except Exception as error:  # a pickle fails in as many ways as it has bytes
-        raise ValueError(f"{path / COMMON_FILE} cannot be read ({error!r})") from error
     return common.get("hf_config")
+
+
+def _unlike_manifest(path: Path, *, checksums: bool) -> list[str]:
+    """What differs from what the run wrote: sizes, and with `checksums` every byte."""
+    if not (path / MANIFEST_FILE).is_file():
+        return [f"there is no {MANIFEST_FILE}: the checkpoint was not finished"]
+    files, wrong, trouble = look_at_files(path)
+    if not files:
+        wrong = [f"the checkpoint {sentence}" for sentence in wrong]
+    if checksums and not wrong and not trouble:
+        wrong, trouble = wrong_checksums(path, files, sorted(files))
+    return [*wrong, f"{path} cannot be read ({trouble})"] if trouble else wrong
 
 
 def _table(found: Findings) -> Table | None:

@@ -155,16 +155,19 @@ def _write(staged: Staged, folder: Path) -> tuple[list[Any], Files]:
     """This rank's files, on the disk: Megatron's account of them, and ours."""
     if dist.get_rank() == 0:
         (folder / _COMMON_FILE).write_bytes(staged.common)
-    if not staged.buckets:
-        return [], {}
-    with ThreadPoolExecutor(len(staged.buckets)) as threads:
-        written = list(threads.map(lambda bucket: _write_bucket(staged, bucket), staged.buckets))
-    files = describe(folder, [name for _, name, _ in staged.buckets])
-    return [result for results in written for result in results], files
+    results: list[Any] = []
+    files: Files = {}
+    with ThreadPoolExecutor(max(1, len(staged.buckets))) as threads:
+        for written, described in threads.map(
+            functools.partial(_write_file, staged), staged.buckets
+        ):
+            results += written
+            files |= described
+    return results, files
 
 
-def _write_bucket(staged: Staged, bucket: Any) -> list[Any]:
-    """One file, by Megatron's writer; it ends with fsync."""
+def _write_file(staged: Staged, bucket: Any) -> tuple[list[Any], Files]:
+    """One of them, by Megatron's writer; it ends with fsync."""
     writer, results, place = staged.plan.writer, queue.SimpleQueue(), queue.Queue()
     place.put(0)
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
@@ -174,7 +177,8 @@ def _write_bucket(staged: Staged, bucket: Any) -> list[Any]:
     _, written = results.get_nowait()
     if isinstance(written, Exception):
         raise written
-    return written
+    path, name, _ = bucket
+    return written, describe(Path(path).parent, [name])
 
 
 def force_to_disk(*paths: Path) -> None:
