@@ -4,9 +4,11 @@ A thread of each rank looks at that rank's progress. Where no step ends in time,
 rank is doing, with the stacks of all threads, into RUN/hangs/TIME/; the folder makes the threads
 of the other ranks do the same. The first rank that could write compares, and names in summary.txt
 the rank, or the sample, that the others wait for. Then all end with exit code 86, and whatever
-started them starts them again. Only files: collectives and sockets may be what hangs.
+started them starts them again. Only files: collectives and sockets may be what hangs. Where files
+hang too, the stacks go to stderr, and the ranks end all the same.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -55,6 +57,29 @@ def limit_seconds(config: WatchdogConfig, phases: Phases) -> float:
     if waiting.may_take_long() or not usual:
         return max(config.slow_seconds, config.minimum_seconds)
     return max(config.minimum_seconds, config.factor * statistics.median(tuple(usual)))
+
+
+class IdleTime:
+    """Seconds without progress, as far as this process could have made any.
+
+    One that is stopped for a while, or whose machine is, counts `longest_look` of it at most.
+    """
+
+    def __init__(self, phases: Phases, longest_look: float) -> None:
+        self._phases, self._longest_look = phases, longest_look
+        self._progress = self._looked = phases.progress
+        self._seconds = 0.0
+
+    def look(self) -> float:
+        """Called again and again, at intervals shorter than `longest_look`."""
+        now, progress = self._phases.clock(), self._phases.progress
+        passed = min(now - self._looked, self._longest_look)
+        if progress == self._progress:
+            self._seconds += passed
+        else:
+            self._seconds = min(now - progress, passed)
+        self._progress, self._looked = progress, now
+        return self._seconds
 
 
 def explain(places: Mapping[int, Place], hosts: list[str]) -> str:
@@ -114,11 +139,12 @@ class Watchdog:
         # Looked at often enough that the first report of a hang finds the others within seconds.
         self._tick = min(max(config.minimum_seconds / 30, 0.2), 10.0)
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="megasd-watchdog", daemon=True)
+        self._others_end = threading.Event()
 
     def __enter__(self) -> "Watchdog":
         if self._config.factor > 0:
-            self._thread.start()
+            for watch in (self._watch_others, self._watch_own):
+                threading.Thread(target=watch, name="megasd-watchdog", daemon=True).start()
         return self
 
     def __exit__(
@@ -129,36 +155,62 @@ class Watchdog:
     ) -> None:
         self._is_over.set()
 
-    def _watch(self) -> None:
+    def _watch_others(self) -> None:
+        """In a thread of its own, which a file system that hangs may keep for ever."""
         while not self._is_over.wait(self._tick):
-            seconds = self._phases.clock() - self._phases.progress
-            limit = limit_seconds(self._config, self._phases)
-            if seconds > limit or self._folder.exists():
+            with contextlib.suppress(OSError):  # it may pass
+                if self._folder.exists():
+                    return self._others_end.set()
+
+    def _watch_own(self) -> None:
+        idle = IdleTime(self._phases, longest_look=3 * self._tick)
+        while not self._is_over.is_set():
+            others_end = self._others_end.wait(self._tick)
+            seconds, limit = idle.look(), limit_seconds(self._config, self._phases)
+            if (seconds > limit or others_end) and not self._is_over.is_set():
                 self._end(f"no step for {seconds:.0f} s, the limit is {limit:.0f} s")
 
     def _end(self, why: str) -> None:
         """Does not return."""
         try:
+            self._insist(why)
             self._write_report()
             time.sleep(3 * self._tick + 2)  # for the others to see the folder and answer
             places = self._read_reports()
+            summary = self._folder / SUMMARY_FILE
             if self._rank == min(places):
                 found = (
                     f"{why}; {explain(places, self._hosts)}\nstacks of all ranks: {self._folder}\n"
                 )
-                _write(self._folder / SUMMARY_FILE, found)
+                _write(summary, found)
                 print(f"megasd: error: {found}", end="", file=sys.stderr)
+            # The first to end takes the others along, under torchrun: not before the summary.
+            deadline = time.monotonic() + self._tick + 3
+            while not summary.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
             time.sleep(1)
         except Exception as error:  # whatever it is, the run must end
             print(f"megasd: error: {why}; no report of it: {error}", file=sys.stderr)
         finally:
-            sys.stderr.flush()
             os._exit(EXIT_CODE)
 
+    def _insist(self, why: str) -> None:
+        """Ends this process after about twice the time that it takes where files answer."""
+        seconds = 8 * self._tick + 10
+        said = f"megasd: error: {why}; {self._folder} does not answer; stacks of rank {self._rank}:"
+        threading.Timer(seconds, print, (said,), {"file": sys.stderr, "flush": True}).start()
+        threading.Timer(seconds + 3, os._exit, (EXIT_CODE,)).start()
+        # By a thread of C: a write that hangs would keep Python's lock from the timers.
+        faulthandler.dump_traceback_later(seconds + 1)
+
     def _write_report(self) -> None:
+        # Not into a file that may hang: all of Python stands still meanwhile.
+        with open(os.memfd_create("stacks"), "w+b") as stacks:
+            faulthandler.dump_traceback(stacks, all_threads=True)
+            stacks.seek(0)
+            written = stacks.read()
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank-{self._rank}.stacks").open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        (self._folder / f"rank-{self._rank}.stacks").write_bytes(written)
         # By a rename: whoever reads it reads all of it.
         _write(self._folder / f"rank-{self._rank}.json", json.dumps(asdict(self._place())))
 

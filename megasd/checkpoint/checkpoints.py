@@ -27,8 +27,9 @@ from megasd.checkpoint.model_state import (
     restore_state,
     sharded_state,
 )
-from megasd.checkpoint.writer import Writing, force_to_disk, in_words, stage
+from megasd.checkpoint.writer import Writing, in_words, stage
 from megasd.data.prompts import Prompts
+from megasd.durable import force_to_disk
 from megasd.errors import TryAgainError
 from megasd.policy.policy import Policy
 

@@ -9,7 +9,6 @@ it is written, whatever the ranks are doing by then.
 
 import functools
 import io
-import os
 import queue
 import shutil
 import threading
@@ -28,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megasd.checkpoint.manifest import MANIFEST_FILE, Files, describe, write_manifest
+from megasd.durable import force_to_disk
 from megasd.waiting import waiting_for
 
 _COMMON_FILE = "common.pt"
@@ -179,19 +179,6 @@ def _write_file(staged: Staged, bucket: Any) -> tuple[list[Any], Files]:
         raise written
     path, name, _ = bucket
     return written, describe(Path(path).parent, [name])
-
-
-def force_to_disk(*paths: Path) -> None:
-    """Files, and folders where the file system can do that."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError:
-            if not path.is_dir():
-                raise
-        finally:
-            os.close(handle)
 
 
 def in_words(error: BaseException) -> str:

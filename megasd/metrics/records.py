@@ -12,11 +12,13 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megasd.durable import append_durably, write_durably
+from megasd.errors import TryAgainError
 from megasd.metrics.config import MetricsConfig
 from megasd.metrics.console import Console
 
@@ -45,9 +47,9 @@ class Metrics:
         self._wandb: Any = None
         if not self._writes:
             return
-        path = run_folder / METRICS_FILE
-        drop_rows_from(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = run_folder / METRICS_FILE
+        with _trouble_with(self._path):
+            drop_rows_from(self._path, first_step)
         self._wandb = _start_wandb(config, run_folder, run_config)
         if config.console:
             self._console = Console(run_folder.name, first_step=first_step, total_steps=total_steps)
@@ -65,29 +67,21 @@ class Metrics:
             return
         if self._console is not None:
             self._console.close()
-        self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one row, keys sorted; what is not finite is null. Flushed before it returns.
+        """Appends one row, keys sorted; what is not finite is null.
 
-        Raises ValueError when the disk is full.
+        On the disk before it returns: a checkpoint that counts the step comes later. Raises
+        TryAgainError when the disk is full; then nothing of the row is there.
         """
         if not self._writes:
             return
         numbers = {name: float(value) for name, value in values.items()}
         row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        try:
-            self._file.write(json.dumps({"step": step, **row}, sort_keys=True) + "\n")
-            self._file.flush()
-        except OSError as error:
-            with contextlib.suppress(OSError):  # it would try once more
-                self._file.close()
-            raise ValueError(
-                f"{self._file.name} cannot be written ({error.strerror}); make room, then continue "
-                "with --resume"
-            ) from error
+        with _trouble_with(self._path):
+            append_durably(self._path, json.dumps({"step": step, **row}, sort_keys=True) + "\n")
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         if self._console is not None:
@@ -115,9 +109,17 @@ def drop_rows_from(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(row, sort_keys=True) + "\n" for row in read_rows(path) if row["step"] < step]
-    replacement = path.with_suffix(".jsonl.new")
-    replacement.write_text("".join(kept), encoding="utf-8")
-    os.replace(replacement, path)
+    write_durably(path, "".join(kept))
+
+
+@contextlib.contextmanager
+def _trouble_with(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TryAgainError(
+            f"{path} cannot be written ({error.strerror}); make room, then continue with --resume"
+        ) from error
 
 
 def _start_wandb(config: MetricsConfig, run_folder: Path, run_config: Mapping[str, Any]) -> Any:
@@ -132,7 +134,7 @@ def _start_wandb(config: MetricsConfig, run_folder: Path, run_config: Mapping[st
     # The id outlives the process: a resumed run continues its curves.
     id_file = run_folder / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+        write_durably(id_file, secrets.token_hex(4))
     arguments = {
         "project": config.wandb_project,
         "name": run_folder.name,

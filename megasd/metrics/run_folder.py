@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import megasd
+from megasd.durable import write_durably
 
 CONFIG_FILE = "config.yaml"
 PACKAGES = (
@@ -40,8 +41,8 @@ def create_run_folder(folder: Path, *, config: str, seed: int, command: Sequence
     _write(folder / "versions.json", versions())
     _write(folder / "git.json", git_state(Path(megasd.__file__).parent))
     _write(folder / "run.json", {"seed": seed, "command": list(command)})
-    # Last: its presence says that the folder is a run.
-    (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+    # Last and whole: its presence says that the folder is a run.
+    write_durably(folder / CONFIG_FILE, config)
     return folder
 
 

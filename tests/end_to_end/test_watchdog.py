@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -13,6 +15,27 @@ from megasd.metrics.records import METRICS_FILE, read_rows
 from megasd.watchdog import EXIT_CODE, SUMMARY_FILE
 from tests.end_to_end import workspace
 
+# Ranks that hang from the start; the looks of rank 0 come nearly a tick after those of the others.
+HANG = """
+    import os, sys, time
+    from pathlib import Path
+    import torch.distributed as dist
+    from megasd.config import WatchdogConfig
+    from megasd.metrics.phases import Phases
+    from megasd.watchdog import Watchdog
+
+    dist.init_process_group("gloo")
+    config = WatchdogConfig(factor=1.0, minimum_seconds=0.1, slow_seconds=0.1)
+    watchdog = Watchdog(config, Path(sys.argv[1]), Phases())
+    watchdog._tick = float(sys.argv[2])
+    if os.environ["RANK"] == "0":
+        time.sleep(0.9 * watchdog._tick)
+    if "stuck" in sys.argv:  # to open it for writing waits for a reader
+        watchdog._folder.mkdir(parents=True)
+        os.mkfifo(watchdog._folder / "rank-0.stacks")
+    with watchdog:
+        time.sleep(120)
+"""
 SETTINGS = ("watchdog.factor=3", "watchdog.minimum_seconds=8", "evaluation.every=0")
 
 
@@ -95,3 +118,31 @@ def test_a_rank_that_stops_is_named_within_the_limit(tmp_path: Path) -> None:
     assert "does not answer" in said
     os.kill(ranks["1"], signal.SIGKILL)  # torchrun itself would wait for half a minute
     process.communicate(timeout=60)
+
+
+def hang(run: Path, *how: str, tick: float, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    script = run / "hang.py"
+    script.write_text(textwrap.dedent(HANG))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *launch, str(script), str(run), str(tick), *how]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_under_torchrun_which_ends_all_ranks_with_the_first_there_is_a_summary(
+    tmp_path: Path,
+) -> None:
+    done = hang(tmp_path, tick=2.0, ranks=2)
+    (summary,) = tmp_path.glob(f"hangs/*/{SUMMARY_FILE}")
+    assert "every rank is at" in summary.read_text()
+    assert summary.read_text().splitlines()[0] in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_whose_file_system_hangs_ends_all_the_same_and_its_stacks_go_to_stderr(
+    tmp_path: Path,
+) -> None:
+    done = hang(tmp_path, "stuck", tick=0.1)
+    assert f"exitcode  : {EXIT_CODE}" in done.stderr
+    assert "does not answer; stacks of rank 0:\nTimeout" in done.stderr
+    assert 'hang.py", line ' in done.stderr

@@ -160,12 +160,12 @@ def test_crashes_are_tried_again_until_two_come_without_a_new_checkpoint(
 def test_nodes_that_a_preflight_finds_wrong_are_named_and_avoided_and_it_counts_as_a_crash(
     slurm: VirtualSlurm, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(render, "PREFLIGHT_SECONDS", 5)
+    monkeypatch.setattr(render, "PREFLIGHT_SECONDS", 12)
     (job,) = place.submit("0", "--nodes", "2", preflight="wrong hang 0")
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), place.log(job)
     assert "WRONG: node n1: GPU 1: 3 uncorrected ECC errors" in place.log(job)
-    assert "the preflight did not end in 5 seconds" in place.log(job)
+    assert "the preflight did not end in 12 seconds" in place.log(job)
     assert "2 crashes without a new checkpoint" in place.log(job)
     nodes = [
         {n["environment"]["SLURMD_NODENAME"] for n in place.notes(job, i, "preflight")}

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,25 @@ QUIET = MetricsConfig(console=False, wandb="off")
 def metrics(folder: Path, config: MetricsConfig = QUIET, **changes: int) -> Metrics:
     arguments = {"total_steps": 4, "rank": 0, "first_step": 0, **changes}
     return Metrics(config, folder, run_config={"run": {"name": "test"}}, **arguments)
+
+
+def on_a_full_disk(code: str, folder: Path) -> str:
+    """What `code` prints, in a process whose files cannot grow beyond 1000 bytes."""
+    limited = """
+        import resource, sys
+        from pathlib import Path
+        from megasd.errors import TryAgainError
+        from megasd.metrics.config import MetricsConfig
+        from megasd.metrics.records import Metrics
+        from megasd.metrics.run_folder import create_run_folder
+        folder = Path(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    """
+    program = textwrap.dedent(limited) + textwrap.dedent(code)
+    command = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class Clock:
@@ -130,6 +150,28 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_rewritten(tmp_path:
     assert path.read_text().count("\n") == 3
 
 
+def test_a_row_that_the_disk_has_no_room_for_is_trouble_that_may_pass_and_leaves_no_part(
+    tmp_path: Path,
+) -> None:
+    said = on_a_full_disk(
+        """
+        config = MetricsConfig(console=False, wandb="off")
+        records = Metrics(config, folder, total_steps=4, rank=0, run_config={})
+        records.log(0, {"update/loss": 0.5})
+        try:
+            records.log(1, {f"metric/{i}": 0.5 for i in range(100)})
+        except TryAgainError as error:
+            print(error)
+        """,
+        tmp_path,
+    )
+    path = tmp_path / "metrics.jsonl"
+    assert said == (
+        f"{path} cannot be written (File too large); make room, then continue with --resume\n"
+    )
+    assert path.read_text() == '{"step": 0, "update/loss": 0.5}\n'
+
+
 # ---- wandb and console
 
 
@@ -196,6 +238,23 @@ def test_a_run_folder_says_what_was_run_and_is_never_written_over(tmp_path: Path
     assert (folder / "git.json").exists()
     with pytest.raises(ValueError, match=r"run\.name: .*run already holds a run.*--resume"):
         create_run_folder(folder, config="", seed=0, command=[])
+
+
+def test_a_config_that_cannot_be_written_whole_makes_no_run(tmp_path: Path) -> None:
+    said = on_a_full_disk(
+        """
+        try:
+            create_run_folder(folder, config="run: {}\\n" * 200, seed=0, command=[])
+        except OSError as error:
+            print(error.strerror)
+        """,
+        tmp_path,
+    )
+    assert said == "File too large\n"
+    assert (tmp_path / "run.json").exists()
+    assert not (tmp_path / "config.yaml").exists()
+    create_run_folder(tmp_path, config="run: {}\n", seed=0, command=[])
+    assert (tmp_path / "config.yaml").read_text() == "run: {}\n"
 
 
 def test_git_state_is_of_the_checkout_that_tracks_the_package_and_of_no_other(

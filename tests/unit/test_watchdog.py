@@ -8,7 +8,7 @@ import pytest
 from megasd.config import WatchdogConfig
 from megasd.metrics.phases import Phases
 from megasd.waiting import all_waits, first_of, waiting_for
-from megasd.watchdog import Place, explain, limit_seconds
+from megasd.watchdog import IdleTime, Place, explain, limit_seconds
 
 CONFIG = WatchdogConfig(factor=10.0, minimum_seconds=60.0, slow_seconds=1000.0)
 
@@ -54,6 +54,24 @@ def test_an_evaluation_is_compared_with_evaluations_and_a_wait_for_files_with_no
         with waiting_for(lambda: "files", may_take_long=True):
             assert limit_seconds(CONFIG, phases) == 1000.0
         assert limit_seconds(CONFIG, phases) == 200.0
+
+
+def test_time_in_which_the_process_was_stopped_is_not_idle_time() -> None:
+    clock = Clock()
+    phases = Phases(clock)
+    idle = IdleTime(phases, longest_look=3.0)
+
+    def look_after(seconds: float) -> float:
+        clock.now += seconds
+        return idle.look()
+
+    assert [look_after(1.0) for _ in range(5)] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert look_after(7200.0) == 8.0, "suspended, and continued"
+    assert look_after(1.0) == 9.0, "a hang from before the pause is still one"
+    steps(phases, clock, 0.25)
+    assert look_after(0.5) == 0.5, "progress"
+    steps(phases, clock, 0.25)
+    assert look_after(7200.0) == 3.0, "suspended just after progress"
 
 
 HOSTS = ["n1", "n1", "n2", "n2"]
