@@ -6,7 +6,6 @@ What cannot be seen is None or missing, never guessed: a finding then says so.
 import contextlib
 import importlib.util
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -15,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from megasd.metrics.run_folder import versions
 
 Level = Literal["ok", "unseen", "wrong"]
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "transformers", "numpy")
@@ -91,12 +92,7 @@ def gather_facts(rank: int = 0) -> Facts:
 
 
 def installed_versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+    found = versions(PACKAGES)
     if found["vllm"] is None and importlib.util.find_spec("vllm") is not None:
         found["vllm"] = "another distribution"  # the CPU build of the tests
     return found
