@@ -14,16 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megasd import __version__, interrupt
+from megasd import __version__
 from megasd.algorithms import ALGORITHMS
-from megasd.config import COMMAND_LINE, Config, ConfigError, read_config, to_yaml
-from megasd.doctor import add_doctor_command
-from megasd.errors import TryAgainError
+from megasd.configuration.describe import plan
+from megasd.configuration.load import COMMAND_LINE, Config, ConfigError, read_config, to_yaml
+from megasd.configuration.resume import existing_run, read_resumed
+from megasd.configuration.validate import check_run, validate
+from megasd.doctor.doctor import add_doctor_command
 from megasd.launch.flags import add_flags
-from megasd.plan import plan
 from megasd.planner.command import add_plan_command
-from megasd.resume import existing_run, read_resumed
-from megasd.validate import check_run, validate
+from megasd.process import interrupt
+from megasd.process.errors import TryAgainError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megasd.config import Config, to_container, to_yaml
+from megasd.configuration.load import Config, to_container, to_yaml
+from megasd.configuration.validate import context_length, needs_rewards, needs_solutions, run_folder
 from megasd.data.context import PrivilegedContext
 from megasd.data.datasets import load_prompts
 from megasd.data.prompts import Prompts
 from megasd.data.tokenizer import load_tokenizer
 from megasd.evaluation.evaluator import Evaluator
+from megasd.loop.watchdog import Watchdog
 from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
 from megasd.metrics.run_folder import create_run_folder
@@ -28,17 +30,15 @@ from megasd.rollout.probe import probe_sequences
 from megasd.rollout.solutions import SolutionsEngine
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt
-from megasd.validate import context_length, needs_rewards, needs_solutions, run_folder
-from megasd.watchdog import Watchdog
 from megasd.weights.hf_folder import read_hf_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megasd.checkpoint.checkpoints import Checkpoints
-    from megasd.experience import Collector
+    from megasd.loop.experience import Collector
+    from megasd.loop.train import Job
     from megasd.policy.policy import Policy
-    from megasd.train import Job
 
 
 # Largest mean difference between an engine's log-probs and the trainer's that passes for noise.
@@ -54,7 +54,7 @@ def start_training(config: Config, *, resume: bool) -> bool:
     # Megatron may be imported from here on.
     from megasd.checkpoint.checkpoints import Checkpoints
     from megasd.checkpoint.export import export_hf
-    from megasd.train import train
+    from megasd.loop.train import train
 
     data = _read_data(config)
     folder = run_folder(config)
@@ -107,9 +107,9 @@ def _assemble(
     stack: contextlib.ExitStack,
 ) -> "Job":
     """What the loop runs on this rank; `stack` closes what must be closed."""
-    from megasd.diagnostics import Diagnostics
-    from megasd.reading import Reader
-    from megasd.train import Job
+    from megasd.loop.diagnostics import Diagnostics
+    from megasd.loop.reading import Reader
+    from megasd.loop.train import Job
 
     # One scorer per data-parallel replica, on the rank where Megatron's order begins.
     layout = policy.layout
@@ -165,7 +165,7 @@ def _collector(
     scorer: Scorer | None,
     spread: Spread,
 ) -> "Collector":
-    from megasd.experience import Collector
+    from megasd.loop.experience import Collector
 
     return Collector(
         prompts=data.prompts,

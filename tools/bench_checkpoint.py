@@ -12,9 +12,9 @@ process warms up and is not counted. Medians of all others, of the slower rank.
     megatron          dist_checkpointing.save of the same state, as Megatron-LM calls it by default:
                       torch_dist, shards spread over the data-parallel ranks; forked writers
     megatron async    the same with async_sharded_save and Megatron's AsyncCallsQueue, which forks a
-                      process; what it asks of CUDA is answered by policy/cpu.py. It copies nothing
-                      that lies in host memory already: on a CPU the fork is its copy, and the pages
-                      that the next step writes are copied then, one by one
+                      process; what it asks of CUDA is answered by policy/megatron/cpu.py. It copies
+                      nothing that lies in host memory already: on a CPU the fork is its copy, and
+                      the pages that the next step writes are copied then, one by one
 
 `waits`: what the training stands still for, the end of the save included; `state` of it goes into
 the sharded state dict, which is the policy's own for all. `step`: a step while it is written, over

@@ -126,7 +126,7 @@ def measure_peer(folder: Path, target: Path, variant: str, check: bool) -> dict[
     started = backend.start("cpu")
     from megatron.core import dist_checkpointing
 
-    from megasd.policy.build import build_model, start_parallel
+    from megasd.policy.megatron.build import build_model, start_parallel
     from megasd.weights.conversion import megatron_to_hf
 
     layout = start_parallel(ParallelConfig(), started, seed=0)

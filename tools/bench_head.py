@@ -61,7 +61,7 @@ def run_fresh(variant: str) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    import megasd.policy.head  # noqa: F401  its pages belong to "before", in every variant
+    import megasd.policy.head.head  # noqa: F401  its pages belong to "before", in every variant
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -120,7 +120,7 @@ def step(
 ) -> "Tensor":
     import torch
 
-    from megasd.policy.head import vocabulary_head
+    from megasd.policy.head.head import vocabulary_head
 
     if args.measure == "naive":
         logprobs = torch.log_softmax((hidden @ weight.T).float(), -1)

@@ -78,7 +78,7 @@ def measure(args: dict[str, Any]) -> dict[str, Any]:
     from megasd.policy.config import ModelConfig, ParallelConfig
 
     started = backend.start("cpu")
-    from megasd.policy.build import build_model, start_parallel
+    from megasd.policy.megatron.build import build_model, start_parallel
     from megasd.weights.reshard import ReshardPlan, reshard
     from megasd.weights.tables import table_for
 

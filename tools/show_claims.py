@@ -27,7 +27,7 @@ import make_claims_data
 import make_compare_data
 from make_quickstart_data import write_files
 
-from megasd.config import Config, differing_keys, load_config, read_config
+from megasd.configuration.load import Config, differing_keys, load_config, read_config
 from megasd.evaluation.records import read_counts
 from megasd.metrics.records import METRICS_FILE, read_rows
 from megasd.metrics.run_folder import CONFIG_FILE

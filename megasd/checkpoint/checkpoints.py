@@ -29,9 +29,9 @@ from megasd.checkpoint.model_state import (
 )
 from megasd.checkpoint.writer import Writing, in_words, stage
 from megasd.data.prompts import Prompts
-from megasd.durable import force_to_disk
-from megasd.errors import TryAgainError
 from megasd.policy.policy import Policy
+from megasd.process.durable import force_to_disk
+from megasd.process.errors import TryAgainError
 
 MAX_FAILED_SAVES = 3  # in a row, before a run that cannot save stops
 _PREFIX, _PARTIAL, _DAMAGED = "step_", "partial_", "damaged_"

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
-from megasd.policy.megatron_fixes import unshare_step
+from megasd.policy.megatron.fixes import unshare_step
 from megasd.policy.policy import Policy
 
 # The one format of the optimizer's state that can be cut anew for another layout.

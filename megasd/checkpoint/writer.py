@@ -27,8 +27,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megasd.checkpoint.manifest import MANIFEST_FILE, Files, describe, write_manifest
-from megasd.durable import force_to_disk
-from megasd.waiting import waiting_for
+from megasd.process.durable import force_to_disk
+from megasd.process.waiting import waiting_for
 
 _COMMON_FILE = "common.pt"
 _FORMAT = ("torch_dist", 1)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megasd.compare.runs import Comparison, Run
-from megasd.config import to_yaml
+from megasd.configuration.load import to_yaml
 from megasd.metrics.records import METRICS_FILE, read_rows
 from megasd.metrics.run_folder import CONFIG_FILE
 

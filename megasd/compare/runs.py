@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megasd.algorithms import load_algorithm
-from megasd.config import (
+from megasd.configuration.load import (
     COMMAND_LINE,
     Config,
     ConfigError,
@@ -19,9 +19,9 @@ from megasd.config import (
     read_config,
     to_container,
 )
+from megasd.configuration.validate import run_folder, validate
 from megasd.metrics.records import METRICS_FILE, read_rows
 from megasd.metrics.run_folder import CONFIG_FILE
-from megasd.validate import run_folder, validate
 
 MAY_DIFFER = ("compare", "metrics")  # between a folder's run and the one asked for
 

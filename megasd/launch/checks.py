@@ -5,10 +5,16 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megasd.config import COMMAND_LINE, Config, Loaded
+from megasd.configuration.load import COMMAND_LINE, Config, Loaded
+from megasd.configuration.validate import (
+    check_batch,
+    check_rollout,
+    read_model,
+    run_folder,
+    validate,
+)
 from megasd.launch.site import Site
 from megasd.policy.checks import check_layout
-from megasd.validate import check_batch, check_rollout, read_model, run_folder, validate
 
 SUGGESTED = 8  # node counts, at most
 

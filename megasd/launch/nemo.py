@@ -11,7 +11,7 @@ import shlex
 import sys
 from typing import Any
 
-from megasd.config import ConfigError
+from megasd.configuration.load import ConfigError
 from megasd.launch.render import SCRIPT, SlurmJob, directives
 
 

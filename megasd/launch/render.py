@@ -10,9 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from megasd import __version__
-from megasd.interrupt import EXIT_CODE
 from megasd.launch.checks import Nodes
 from megasd.launch.site import Site
+from megasd.process.interrupt import EXIT_CODE
 
 TEMPLATE = "train.sbatch.in"
 SCRIPT = "job.sh"  # of a submission, in its folder
@@ -163,7 +163,7 @@ exec "$@" --name "engine$SLURM_PROCID"'
 srun --job-name=engines --relative={nodes.train} --nodes={nodes.serve} --ntasks={nodes.engines} \\
     --ntasks-per-node={nodes.engines_per_node} --kill-on-bad-exit=0 --wait=0 \\
     --unbuffered --output="${{logs//%/%%}}/engine-%t.log" {shlex.join(_srun(job))} \\
-    bash -c "$as_engine" megasd {_python(job.site, job)} megasd.rollout.vllm_host \\
+    bash -c "$as_engine" megasd {_python(job.site, job)} megasd.rollout.vllm.host \\
     --listen :0 --folder "$run/engines" &
 """
 

@@ -13,8 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megasd import schema
-from megasd.config import COMMAND_LINE
+from megasd.configuration import schema
+from megasd.configuration.load import COMMAND_LINE
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from megasd.config import COMMAND_LINE, ConfigError, Loaded, read_config, to_yaml
+from megasd.configuration.load import COMMAND_LINE, ConfigError, Loaded, read_config, to_yaml
+from megasd.configuration.resume import read_resumed
+from megasd.configuration.validate import run_folder
 from megasd.launch.checks import Nodes, check_job, nodes_for
 from megasd.launch.nemo import submit_with_nemo_run
 from megasd.launch.render import CONFIG, SCRIPT, SlurmJob, render
 from megasd.launch.site import read_site
 from megasd.metrics.run_folder import CONFIG_FILE
-from megasd.resume import read_resumed
-from megasd.validate import run_folder
 
 
 def submit(path: str | None, overrides: Sequence[str], flags: argparse.Namespace) -> None:

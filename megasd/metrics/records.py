@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megasd.durable import append_durably, write_durably
-from megasd.errors import TryAgainError
 from megasd.metrics.config import MetricsConfig
 from megasd.metrics.console import Console
+from megasd.process.durable import append_durably, write_durably
+from megasd.process.errors import TryAgainError
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import megasd
-from megasd.durable import write_durably
+from megasd.process.durable import write_durably
 
 CONFIG_FILE = "config.yaml"
 PACKAGES = (

@@ -1,8 +1,8 @@
 """Bytes of weights, gradients and optimizer state of a rank: exactly what Megatron allocates.
 
-policy/build.py wraps the model in buffers: the dense parameters in one, those of experts in
-another, parameters in the model's dtype and gradients in float32. A buffer lays its parameters in
-reverse order, each from a multiple of 64 elements on, and is filled up to a multiple of
+policy/megatron/build.py wraps the model in buffers: the dense parameters in one, those of experts
+in another, parameters in the model's dtype and gradients in float32. A buffer lays its parameters
+in reverse order, each from a multiple of 64 elements on, and is filled up to a multiple of
 lcm(data-parallel ranks, 128); an embedding that is tied across stages has a bucket of its own.
 Each data-parallel rank keeps the optimizer's state of an equal slice of every bucket: AdamW's two
 moments, and a float32 copy of the parameters where the model is in bfloat16.

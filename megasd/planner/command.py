@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megasd.planner.presets import SIZES
 
 if TYPE_CHECKING:
-    from megasd.config import Config
+    from megasd.configuration.load import Config
     from megasd.planner.hardware import Assumptions
     from megasd.planner.model import Model
     from megasd.planner.report import Plan
@@ -64,7 +64,7 @@ def make_plan(
 
     `suggest` False leaves out the search for other layouts, which takes seconds.
     """
-    from megasd.config import COMMAND_LINE, ConfigError, load_config
+    from megasd.configuration.load import COMMAND_LINE, ConfigError, load_config
     from megasd.planner.duration import duration
     from megasd.planner.hardware import parse_gpus
     from megasd.planner.memory import Scenario, memory

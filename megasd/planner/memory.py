@@ -8,7 +8,8 @@ figure that it stands on in `Assumptions`.
 import math
 from dataclasses import asdict, dataclass, replace
 
-from megasd.config import Config
+from megasd.configuration.load import Config
+from megasd.configuration.validate import longest_view
 from megasd.planner.activations import (
     Cut,
     Engine,
@@ -23,9 +24,8 @@ from megasd.planner.buffers import Held, held_bytes
 from megasd.planner.hardware import GIB, Assumptions, Machine
 from megasd.planner.model import Model
 from megasd.policy.config import ParallelConfig
-from megasd.validate import longest_view
 
-HEAD_ROWS = 8192  # vocabulary rows of one block of policy/head_blocks.py
+HEAD_ROWS = 8192  # vocabulary rows of one block of policy/head/blocks.py
 # Of a response token, on every rank: ids, masks, log-probs, entropies, advantages, the copies of a
 # pass that are summed over the ranks.
 TOKEN_BYTES = 96
@@ -258,8 +258,8 @@ def _head_shard(model: Model, parallel: ParallelConfig) -> int:
 
 
 def _head(cut: Cut, config: Config) -> tuple[float, float]:
-    """What policy/head.py saves, every token read; and the most that lives of it and of the last
-    norm before the layers go backward."""
+    """What policy/head/head.py saves, every token read; and the most that lives of it and of the
+    last norm before the layers go backward."""
     tokens, hidden, e = cut.tokens, cut.model.hidden, cut.dtype_bytes
     ids = config.algorithm.needs.support_size
     saved = tokens * (hidden * e + 8 + 8 + 12 + ids * (8 + 8 * 4))

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megasd.config import Config
+from megasd.configuration.load import Config
+from megasd.configuration.validate import check_batch, check_lengths, check_numbers, longest_view
 from megasd.planner.duration import Duration, duration
 from megasd.planner.hardware import GPUS_PER_NODE
 from megasd.planner.memory import Memory, Scenario, memory
 from megasd.policy.checks import check_cut, check_experts, check_layout
 from megasd.rollout.checks import check_engines
-from megasd.validate import check_batch, check_lengths, check_numbers, longest_view
 
 TENSOR = (1, 2, 4, 8)  # more would leave the node
 PIPELINE = (1, 2, 3, 4, 6, 8, 12, 16)

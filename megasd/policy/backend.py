@@ -1,7 +1,7 @@
 """Where the policy runs, cuda + nccl (+ Transformer Engine) or cpu + gloo: the one place to know.
 
 `start` is called once, before anything imports megatron.core: on the CPU it prepares Megatron's
-import (policy/cpu.py), on cuda it installs nothing.
+import (policy/megatron/cpu.py), on cuda it installs nothing.
 """
 
 import importlib.util
@@ -79,7 +79,7 @@ def start(device: str) -> Backend:
         has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
         _started = Backend(gpu, "nccl", has_transformer_engine)
     else:
-        from megasd.policy import cpu
+        from megasd.policy.megatron import cpu
 
         cpu.prepare_megatron()
         _started = Backend(torch.device("cpu"), "gloo", False)

@@ -1,6 +1,6 @@
 """Whether a model can be cut as `parallel` asks: arithmetic only.
 
-Sentences as in megasd/validate.py.
+Sentences as in megasd/configuration/validate.py.
 """
 
 from collections.abc import Mapping

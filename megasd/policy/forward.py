@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megasd.policy.build import Layout
+from megasd.policy.megatron.build import Layout
 from megasd.policy.sequences import Microbatch
 
 

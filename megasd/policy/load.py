@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megasd.policy.backend import Backend
-from megasd.policy.build import DTYPES, HeadlessGPT, Layout, build_model
 from megasd.policy.config import ModelConfig
+from megasd.policy.megatron.build import DTYPES, HeadlessGPT, Layout, build_model
 from megasd.weights.hf_folder import HFFolder, load_parameter, read_hf_config
 from megasd.weights.layout import rank_experts, stage_layers
 from megasd.weights.tables import table_for

@@ -8,9 +8,9 @@ import numpy as np
 from megasd.algorithms.base import Algorithm
 from megasd.losses.config import MismatchConfig
 from megasd.policy.backend import Backend
-from megasd.policy.build import build_optimizer, build_scheduler, start_parallel, wrap
 from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megasd.policy.load import load_model
+from megasd.policy.megatron.build import build_optimizer, build_scheduler, start_parallel, wrap
 from megasd.policy.score import score
 from megasd.policy.sequences import assign_owners
 from megasd.policy.state import ModelState, PolicyState

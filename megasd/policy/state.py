@@ -8,8 +8,8 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megasd.policy.build import HeadlessGPT, Layout
-from megasd.policy.head import HeadOutput, sample_ids, vocabulary_head
+from megasd.policy.head.head import HeadOutput, sample_ids, vocabulary_head
+from megasd.policy.megatron.build import HeadlessGPT, Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

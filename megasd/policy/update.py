@@ -21,8 +21,8 @@ from megasd.losses.mismatch import (
 )
 from megasd.losses.reduce import reduction_weights
 from megasd.policy import forward
-from megasd.policy.head import HeadOutput
-from megasd.policy.head_divergence import full_divergence
+from megasd.policy.head.divergence import full_divergence
+from megasd.policy.head.head import HeadOutput
 from megasd.policy.sequences import pack
 from megasd.policy.state import PolicyState
 from megasd.types import (

@@ -9,12 +9,12 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from megasd.process.waiting import first_of, waiting_for
 from megasd.rewards import worker
 from megasd.rewards.config import RewardConfig
 from megasd.rewards.verifiers import check_answer_pattern
 from megasd.rewards.worker import Judged
 from megasd.types import Rollout, Verdict
-from megasd.waiting import first_of, waiting_for
 
 # Plain string functions: they cannot hang, so a worker would only cost time.
 INLINE = ("exact", "choice")

@@ -39,7 +39,7 @@ def build_engine(
         from megasd.rollout.hf import HFEngine
 
         return HFEngine(folder, tokenizer, dtype=dtype, device=device, batch_size=config.batch_size)
-    from megasd.rollout.vllm import VLLMEngine
+    from megasd.rollout.vllm.engine import VLLMEngine
 
     return VLLMEngine(
         config.vllm,

@@ -1,6 +1,6 @@
 """Whether the engines that `rollout` asks for can run beside the trainer: arithmetic only.
 
-Sentences as in megasd/validate.py.
+Sentences as in megasd/configuration/validate.py.
 """
 
 import importlib.util

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
+from megasd.process.waiting import first_of, waiting_for
 from megasd.rollout.engine import Request, response_text, stop_ids
 from megasd.types import Rollout
-from megasd.waiting import first_of, waiting_for
 from megasd.weights.bucket import Bucket, named_tensors
 
 if TYPE_CHECKING:

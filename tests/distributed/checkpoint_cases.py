@@ -226,7 +226,7 @@ def fail_to_save(folder: Path, run_folder: Path, failing_rank: int) -> list[int]
 
 
 def megatron_faults(folder: Path, run_folder: Path) -> dict[str, bool]:
-    """Whether each fault that policy/megatron_fixes.py mends is still there."""
+    """Whether each fault that policy/megatron/fixes.py mends is still there."""
     policy, prompts, checkpoints = _a_run(folder, run_folder, {})
     from megatron.core import dist_checkpointing
     from megatron.core.optimizer import get_megatron_optimizer

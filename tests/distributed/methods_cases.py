@@ -68,7 +68,7 @@ class PrefixContext:
 
 
 def experience_of(step: int, device: torch.device) -> Any:
-    from megasd.experience import Experience
+    from megasd.loop.experience import Experience
 
     rollouts, verdicts = rollouts_of(step)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
@@ -138,7 +138,7 @@ def _start_anew(policy: Any, initial: Mapping[str, torch.Tensor], teacher: Any) 
 
 
 def _train(policy: Any, algorithm: Any, context: PrefixContext) -> list[tuple[float, float]]:
-    from megasd.reading import Reader
+    from megasd.loop.reading import Reader
 
     reader = Reader(
         policy,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megasd.algorithms.base import Algorithm, Needs
-from megasd.experience import Experience
+from megasd.loop.experience import Experience
 from megasd.losses.config import MismatchConfig
 from megasd.types import (
     Credit,
@@ -180,7 +180,7 @@ def frequencies(hf_config: Mapping[str, Any]) -> np.ndarray:
     backend.start("cpu")
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    from megasd.policy.rope import rope_arguments
+    from megasd.policy.megatron.rope import rope_arguments
 
     rope = RotaryEmbedding(
         hf_config["head_dim"], 1.0, use_cpu_initialization=True, **rope_arguments(hf_config)
@@ -189,7 +189,7 @@ def frequencies(hf_config: Mapping[str, Any]) -> np.ndarray:
 
 
 def faults_with_experts(folder: Path) -> dict[str, bool]:
-    """Whether each fault of Megatron's experts that policy/megatron_fixes.py mends is there."""
+    """Whether each fault of Megatron's experts that policy/megatron/fixes.py mends is there."""
     import importlib.util
 
     policy = make_policy(folder, {})
@@ -253,7 +253,7 @@ def stop_when_stuck(folder: Path, run_folder: Path, settings: Mapping[str, Any])
 
     It is the last rank whose gradients break.
     """
-    from megasd.diagnostics import Diagnostics
+    from megasd.loop.diagnostics import Diagnostics
 
     policy = make_policy(folder, settings)
     views = random_views(2, count=6, vocab=100)

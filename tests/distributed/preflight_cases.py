@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasd import machine, preflight
-from megasd.machine import GPU, Facts, Finding
+from megasd.doctor import machine, preflight
+from megasd.doctor.machine import GPU, Facts, Finding
 
 GOOD = GPU("NVIDIA H200", "580.1", 143771, 5, 1980, "Enabled", 0, False)
 VERSIONS = {"torch": "2.11.0", "megatron-core": "0.16.1"}

@@ -214,6 +214,6 @@ def test_without_a_whole_checkpoint_a_run_does_not_begin_again_by_itself(
 
 
 def test_megatrons_faults_are_still_there(folder: Path, tmp_path: Path, ranks: Ranks) -> None:
-    """Goes red when Megatron mends one: then its function in policy/megatron_fixes.py goes."""
+    """Goes red when Megatron mends one: then its function in policy/megatron/fixes.py goes."""
     (found,) = ranks.run(cases.megatron_faults, folder, tmp_path, world_size=1)
     assert all(found.values()), found

@@ -13,7 +13,7 @@ from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
 from megasd.weights.conversion import hf_to_megatron, megatron_to_hf
 from megasd.weights.layout import Sizes
 from tests.distributed import convert_cases as cases
-from tests.unit.test_convert import content, run_tool
+from tests.unit.weights.test_convert import content, run_tool
 
 DENSE = {"tensor": 2, "pipeline": 2, "sequence": True}
 MOE = {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1}

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.policy.head import TopIds, sample_ids, vocabulary_head
-from megasd.policy.head_divergence import full_divergence
+from megasd.policy.head.divergence import full_divergence
+from megasd.policy.head.head import TopIds, sample_ids, vocabulary_head
 from megasd.testing.ranks import Ranks
 
 TOKENS, HIDDEN, VOCAB = 21, 6, 13

@@ -11,7 +11,7 @@ from megasd.checkpoint.manifest import MANIFEST_FILE
 from megasd.testing.ranks import Ranks
 from megasd.testing.tiny import tiny_qwen3
 from tests.distributed import checkpoint_cases as cases
-from tests.unit.test_convert import run_tool
+from tests.unit.weights.test_convert import run_tool
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megasd.plan import stage_parameters
+from megasd.configuration.describe import stage_parameters
 from megasd.policy.config import ParallelConfig
 from megasd.testing.ranks import RankError, Ranks
 from megasd.testing.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
@@ -174,7 +174,7 @@ def test_llama_3s_frequencies_are_those_of_transformers(ranks: Ranks) -> None:
 def test_megatrons_faults_with_experts_are_still_there(
     folders: Mapping[str, Path], ranks: Ranks
 ) -> None:
-    """Goes red when Megatron mends one: then its function in policy/megatron_fixes.py goes."""
+    """Goes red when Megatron mends one: then its function in policy/megatron/fixes.py goes."""
     (found,) = ranks.run(cases.faults_with_experts, folders["qwen3_moe"], world_size=1)
     assert all(found.values()), found
 

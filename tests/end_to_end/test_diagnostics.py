@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasd.config import load_config
+from megasd.configuration.load import load_config
 from megasd.metrics.records import METRICS_FILE, read_rows
 from tests.end_to_end import workspace
 

@@ -21,7 +21,7 @@ def test_a_run_samples_with_vllm_on_a_server(tmp_path: Path) -> None:
     folder = workspace.make(tmp_path, head_dim=32)
     config, run = workspace.config(folder, "run", steps=3), folder / "run"
     where = ("--listen", "127.0.0.1:0", "--folder", str(run / "engines"), "--name", "engine0")
-    agent = subprocess.Popen([sys.executable, "-m", "megasd.rollout.vllm_host", *where])
+    agent = subprocess.Popen([sys.executable, "-m", "megasd.rollout.vllm.host", *where])
     try:
         server = (*ENGINE, "rollout.vllm.placement=server", "parallel.tensor=2")
         done = workspace.train(config, *server, ranks=2)

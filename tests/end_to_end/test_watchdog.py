@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megasd.loop.watchdog import EXIT_CODE, SUMMARY_FILE
 from megasd.metrics.records import METRICS_FILE, read_rows
-from megasd.watchdog import EXIT_CODE, SUMMARY_FILE
 from tests.end_to_end import workspace
 
 # Ranks that hang from the start; the looks of rank 0 come nearly a tick after those of the others.
@@ -20,9 +20,9 @@ HANG = """
     import os, sys, time
     from pathlib import Path
     import torch.distributed as dist
-    from megasd.config import WatchdogConfig
+    from megasd.configuration.load import WatchdogConfig
     from megasd.metrics.phases import Phases
-    from megasd.watchdog import Watchdog
+    from megasd.loop.watchdog import Watchdog
 
     dist.init_process_group("gloo")
     config = WatchdogConfig(factor=1.0, minimum_seconds=0.1, slow_seconds=0.1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasd.doctor import main
-from megasd.machine import Finding, read_gpus
+from megasd.doctor.doctor import main
+from megasd.doctor.machine import Finding, read_gpus
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megasd.losses.divergence import DivergenceKind, divergence
-from megasd.policy.head import sample_ids, vocabulary_head
-from megasd.policy.head_divergence import full_divergence
+from megasd.policy.head.divergence import full_divergence
+from megasd.policy.head.head import sample_ids, vocabulary_head
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megasd.rollout.config import VLLMConfig
 from megasd.rollout.engine import EngineLostError
-from megasd.rollout.vllm import VLLMEngine
+from megasd.rollout.vllm.engine import VLLMEngine
 from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
 from megasd.types import Rollout
 from megasd.weights.bucket import Bucket
@@ -130,7 +130,7 @@ def test_nccl_feeds_an_engine_on_another_gpu(tmp_path: Path) -> None:
     folders = make_models("moe", tmp_path)
     arguments = ["--listen", "127.0.0.1:0", "--folder", str(tmp_path / "engines")]
     agent = subprocess.Popen(
-        [sys.executable, "-m", "megasd.rollout.vllm_host", *arguments, "--name", "engine0"],
+        [sys.executable, "-m", "megasd.rollout.vllm.host", *arguments, "--name", "engine0"],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
     )
     engine = make_engine(folders[0], tmp_path, placement="server")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megasd.rollout.engine import EngineLostError, response_text
-from megasd.rollout.vllm import VLLMEngine
-from megasd.rollout.vllm_link import _alive, hang_up
+from megasd.rollout.vllm.engine import VLLMEngine
+from megasd.rollout.vllm.link import _alive, hang_up
 from megasd.testing.ranks import Ranks
 from megasd.weights.bucket import Bucket
 from tests.rollout import vllm_cases
@@ -251,7 +251,7 @@ def test_an_agent_starts_ends_and_restarts_an_engine_of_another_node(tmp_path: P
 
     def start_agent() -> subprocess.Popen[bytes]:
         arguments = ["--listen", "127.0.0.1:0", "--folder", str(tmp_path / "engines")]
-        command = [sys.executable, "-m", "megasd.rollout.vllm_host", *arguments]
+        command = [sys.executable, "-m", "megasd.rollout.vllm.host", *arguments]
         return subprocess.Popen([*command, "--name", "node1"])
 
     agent = start_agent()

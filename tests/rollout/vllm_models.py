@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megasd.rollout.config import VLLMConfig
 from megasd.rollout.engine import Request
-from megasd.rollout.vllm import VLLMEngine
+from megasd.rollout.vllm.engine import VLLMEngine
 from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
 from megasd.types import Prompt, Rollout
 from megasd.weights.bucket import Bucket

@@ -29,7 +29,7 @@ def train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]
     from megasd.rollout.config import SyncConfig, VLLMConfig
     from megasd.rollout.fleet import Fleet
     from megasd.rollout.placement import Seat
-    from megasd.rollout.vllm import VLLMEngine
+    from megasd.rollout.vllm.engine import VLLMEngine
 
     rank = dist.get_rank()
     engine = seat = None

@@ -52,7 +52,7 @@ def take_note(who: str) -> None:
 
 
 def main() -> int:
-    if "megasd.rollout.vllm_host" in sys.argv:
+    if "megasd.rollout.vllm.host" in sys.argv:
         take_note("engine")
         while True:
             time.sleep(1)

@@ -88,7 +88,7 @@ def test_arguments_and_environment_arrive_as_they_were_given(
     for note in notes:
         assert note["arguments"] == ["-m", "megasd.cli", "train", str(config)]
         assert Path(note["environment"]["PWD"]) == place.folder
-    from megasd.config import load_config
+    from megasd.configuration.load import load_config
 
     assert load_config(config).context.template == template
     logs = sorted(path.name for path in (place.run / "logs" / f"{job}-0").iterdir())
@@ -224,7 +224,7 @@ def test_engines_get_nodes_of_their_own_and_end_with_the_job(
     engines = place.notes(job, 0, "engine")
     folder = str(place.run / "engines")
     for number, engine in enumerate(engines):
-        agent = ["-m", "megasd.rollout.vllm_host", "--listen", ":0", "--folder", folder]
+        agent = ["-m", "megasd.rollout.vllm.host", "--listen", ":0", "--folder", folder]
         assert engine["arguments"] == [*agent, "--name", f"engine{number}"]
     assert [engine["environment"]["CUDA_VISIBLE_DEVICES"] for engine in engines] == ["0", "1"]
     assert {engine["environment"]["SLURMD_NODENAME"] for engine in engines} == {"n2"}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megasd.rollout.transfer import Feed, Receiver
-from megasd.rollout.vllm_process import Wire
+from megasd.rollout.vllm.process import Wire
+from megasd.rollout.vllm.send import Feed, Receiver
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import megasd.data.sources
-from megasd import interrupt
 from megasd.algorithms import ALGORITHMS
 from megasd.cli import main
-from megasd.config import load_config, to_yaml
+from megasd.configuration.load import load_config, to_yaml
+from megasd.process import interrupt
 from megasd.weights import conversion
 from tests.unit.workspace import make_workspace, write
 

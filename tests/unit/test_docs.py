@@ -2,9 +2,9 @@ import re
 from pathlib import Path
 
 import megasd
-from megasd import schema
 from megasd.algorithms import ALGORITHMS, load_algorithm
-from megasd.config import Config
+from megasd.configuration import schema
+from megasd.configuration.load import Config
 
 DOCS = Path(megasd.__file__).parent / "docs"
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from megasd.config import read_config
-from megasd.validate import validate
+from megasd.configuration.load import read_config
+from megasd.configuration.validate import validate
 from megasd.weights.tables import table_for
 
 QWEN3 = {

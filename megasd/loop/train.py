@@ -1,0 +1,88 @@
+"""The training loop: one page, in the order things happen. Every rank runs it."""
+
+from dataclasses import dataclass
+
+from megasd.algorithms.base import Algorithm
+from megasd.checkpoint.checkpoints import Checkpoints
+from megasd.evaluation.evaluator import Evaluator
+from megasd.loop.diagnostics import Diagnostics
+from megasd.loop.experience import Collector
+from megasd.loop.reading import Reader, step_metrics
+from megasd.metrics.phases import Phases
+from megasd.metrics.records import Metrics
+from megasd.policy.policy import Policy
+from megasd.process import interrupt
+from megasd.rollout.fleet import Fleet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run, assembled by megasd/run.py."""
+
+    algorithm: Algorithm
+    policy: Policy
+    engines: Fleet  # what samples, from the policy's weights
+    collector: Collector
+    reader: Reader  # student and teacher log-probs
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    metrics: Metrics
+    diagnostics: Diagnostics
+    phases: Phases  # where the run is, also for the watchdog
+    steps: int
+    minibatches: int
+
+
+def train(job: Job) -> bool:
+    """Train from the first step that is not in a checkpoint to the last, then evaluate.
+
+    False: the cluster wants its nodes back; all is saved, and some steps are still to be done.
+    """
+    algorithm, policy, phases = job.algorithm, job.policy, job.phases
+    for step in range(job.checkpoints.next_step, job.steps):
+        values: dict[str, float] = {}
+        evaluates = job.evaluator.is_due(step)
+        if job.engines.feeds_training or evaluates:
+            with phases("sync"):
+                job.engines.send(policy)
+        if evaluates:
+            with phases("evaluation"):
+                values |= job.evaluator.evaluate(step)
+
+        experience = job.collector.collect(step, phases)
+        job.engines.sleep()
+
+        # Student and teacher read the same response tokens after different contexts.
+        with phases("score"):
+            batch, scored = job.reader.read(experience, step)
+            credit = algorithm.assign_credit(batch, step)
+            scored |= job.reader.remember(credit)
+
+        with phases("update"):
+            views, offsets = experience.student_views, experience.offsets
+            updates = [
+                policy.update(views, offsets, batch, credit, algorithm, minibatch=minibatch)
+                for minibatch in range(job.minibatches)
+            ]
+            policy.teacher.after_batch(step, updated=not all(u.skipped for u in updates))
+
+        values |= scored | job.engines.metrics() | step_metrics(experience, batch, updates)
+        job.reader.watch(values)
+        values["data/epoch"] = job.collector.prompts.epoch
+        values |= phases.finish_step(experience.metrics["rollout/tokens"])
+        job.metrics.log(step, values)
+        job.diagnostics.stop_if_stuck(step, experience, batch, credit, updates)
+        is_last = step + 1 == job.steps
+        must_stop = not is_last and interrupt.is_asked_anywhere()
+        with phases("checkpoint"):
+            job.checkpoints.save_if_due(step, last=is_last or must_stop)
+        if must_stop:
+            return False
+
+    if job.evaluator.has_prompts:
+        with phases("sync"):
+            job.engines.send(policy)
+        with phases("evaluation"):
+            values = job.evaluator.evaluate(job.steps)
+        job.metrics.log(job.steps, values)
+    return True

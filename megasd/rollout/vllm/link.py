@@ -1,0 +1,351 @@
+"""How a trainer and an engine process find, talk to and end each other. Standard library only.
+
+The engine process dials the trainer, wherever it runs, and both send (kind, content) messages.
+A link belongs to one incarnation of one engine: a process that was started once and is never
+trusted again after its connection closed.
+"""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+Message = tuple[str, Any]
+COMMAND = (sys.executable, "-m", "megasd.rollout.vllm.process")
+ANSWER_SECONDS = 60.0
+CLOSED = "its connection closed"
+LOG_LINES = 15  # of an engine's log in an error
+# They would make vLLM believe that it is a rank of the trainer ...
+LEAKING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+LEAKING += ("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_")
+# ... or forbid its sleep mode, which does not go with expandable segments.
+LEAKING += ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the loop over its steps is ours
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # the process has threads
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def engine_environment(base: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
+    """What an engine process inherits: nothing that names a rank of the trainer."""
+    kept = {name: value for name, value in base.items() if not name.startswith(LEAKING)}
+    return kept | ENVIRONMENT | dict(extra)
+
+
+class LocalProcess:
+    """A process in a session of its own, so that all it starts ends with it."""
+
+    def __init__(
+        self, job: Mapping[str, Any], log: Path, command: tuple[str, ...] = COMMAND
+    ) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            out.write(f"--- incarnation {job['incarnation']}\n".encode())
+            out.flush()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=engine_environment(os.environ, job["environment"]),
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        assert self._process.stdin is not None
+        # By stdin: the key must not show in a list of processes.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(dict(job)).encode())
+            self._process.stdin.close()
+        self._fenced = False
+
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def fence(self, timeout_seconds: float = 30.0) -> None:
+        """Returns when no process of the session's group is left."""
+        if self._fenced:
+            return
+        end = time.monotonic() + timeout_seconds
+        while _alive(self.pid):
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.poll()
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"process group {self.pid} does not end after SIGKILL: its device hangs; "
+                    "take the node out of service"
+                )
+            time.sleep(0.02)
+        self._process.wait()  # no zombie is left either
+        self._fenced = True
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of the group runs. Zombies do not: nobody may be there to reap them."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+class Link:
+    """The trainer's end of the connection. A thread reads it; `inbox` holds what is not a beat."""
+
+    def __init__(self, incarnation: int, host: str | None) -> None:
+        """Listens on `host`, or for this machine only when it is None."""
+        self.incarnation = incarnation
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.beat: dict[str, Any] = {}  # the last one
+        self.last_sign = self.last_step = time.monotonic()
+        self.pid: int | None = None  # of the engine process, once it is ready
+        self.lost: str | None = None  # why nothing more will come
+        self.on_lost: Callable[[str], None] | None = None
+        self._key = os.urandom(32)
+        self._connection: Connection | None = None
+        self._folder: Path | None = None
+        if host is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="engine-"))
+            self._listener = Listener(str(self._folder / "socket"), "AF_UNIX", authkey=self._key)
+        else:
+            self._listener = Listener((host, 0), "AF_INET", authkey=self._key)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def address(self) -> dict[str, Any]:
+        """For the engine process; plain values."""
+        address = self._listener.address
+        return {"address": address, "key": self._key.hex(), "incarnation": self.incarnation}
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    def send(self, kind: str, content: Any = None) -> None:
+        """A process that is gone is not an error here: `lost` says so."""
+        try:
+            if self._connection is None:
+                raise OSError("the process has not called yet")
+            self._connection.send((kind, content))
+        except OSError as error:
+            self._lose(f"it cannot be reached: {error}")
+
+    def _read(self) -> None:
+        while self._connection is None:
+            try:
+                self._connection = self._listener.accept()
+            except AuthenticationError:
+                continue
+            except (OSError, EOFError):
+                return self._lose("its connection was never made")
+        try:
+            while True:
+                kind, content = self._connection.recv()
+                self.last_sign = time.monotonic()
+                if kind == "beat":
+                    self._take_beat(content)
+                elif kind == "failed":
+                    self._lose(content)
+                else:
+                    self.last_step = self.last_sign
+                    self.inbox.put((kind, content))
+        except (EOFError, OSError):
+            self._lose(CLOSED)
+            self._connection.close()
+
+    def _take_beat(self, beat: dict[str, Any]) -> None:
+        if beat["steps"] != self.beat.get("steps"):
+            self.last_step = self.last_sign
+        self.beat = beat
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is None:
+            self.lost = reason
+            if self.on_lost is not None:
+                self.on_lost(reason)
+
+    def close(self) -> None:
+        self._lose("it was closed")
+        if self._connection is None:  # wakes the thread, which waits for a call
+            with suppress(OSError, EOFError, AuthenticationError):
+                Client(self._listener.address, authkey=self._key).close()
+        with suppress(OSError):
+            self._listener.close()
+        if self._connection is not None:
+            hang_up(self._connection)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Host(Protocol):
+    """Where an engine's processes run, one at a time."""
+
+    def listen_on(self) -> str | None:
+        """This side's address for the link; None: this machine only."""
+        ...
+
+    def start(self, job: Mapping[str, Any]) -> None:
+        """Ends the process before, if there is one."""
+        ...
+
+    def death(self) -> str | None:
+        """Why there is no process, in words; None while it runs."""
+        ...
+
+    def fence(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LocalHost:
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: LocalProcess | None = None
+
+    def listen_on(self) -> str | None:
+        return None
+
+    def start(self, job: Mapping[str, Any]) -> None:
+        self.fence()
+        self._process = LocalProcess(job, self._log, COMMAND)
+
+    def death(self) -> str | None:
+        code = None if self._process is None else self._process.exit_code()
+        return None if code is None else described_exit(code)
+
+    def fence(self) -> None:
+        if self._process is not None:
+            self._process.fence()
+        self._process = None
+
+    def close(self) -> None:
+        self.fence()
+
+
+class AgentHost:
+    """An agent (rollout/vllm/host.py) on another node, found by the file it wrote."""
+
+    def __init__(self, file: Path, timeout_seconds: float) -> None:
+        self._file, self._timeout = file, timeout_seconds
+        self._agent: Connection | None = None
+        self._death: str | None = None
+
+    def listen_on(self) -> str | None:
+        return own_address(self.found()["host"])
+
+    def start(self, job: Mapping[str, Any]) -> None:
+        self._death = None
+        self._ask("start", dict(job))
+
+    def death(self) -> str | None:
+        return self._ask("health")
+
+    def fence(self) -> None:
+        self._ask("fence")
+
+    def close(self) -> None:
+        if self._agent is not None:
+            self._agent.close()  # the agent ends the engine
+        self._agent = None
+
+    def found(self) -> dict[str, Any]:
+        """The address that the agent wrote."""
+        end = time.monotonic() + self._timeout
+        while not self._file.is_file():
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"no agent wrote {self._file} in {self._timeout:.0f} s: start "
+                    f"`python -m megasd.rollout.vllm.host --folder {self._file.parent} "
+                    f"--name {self._file.stem}` on the engine's node"
+                )
+            time.sleep(0.1)
+        return json.loads(self._file.read_text())
+
+    def _connect(self) -> Connection:
+        """To the agent that is there; one that was started again wrote another address."""
+        end = time.monotonic() + self._timeout
+        while True:
+            agent = self.found()
+            try:
+                return Client(
+                    (agent["host"], agent["port"]), "AF_INET", authkey=bytes.fromhex(agent["key"])
+                )
+            except (OSError, EOFError, AuthenticationError) as error:
+                if time.monotonic() > end:
+                    raise RuntimeError(
+                        f"the agent that wrote {self._file} does not answer at "
+                        f"{agent['host']}:{agent['port']} ({error}): start it again"
+                    ) from error
+                time.sleep(0.2)
+
+    def _ask(self, kind: str, content: Any = None) -> str | None:
+        """Why there is no engine, or None. Starting one connects; without that there is none."""
+        if self._agent is None:
+            if kind != "start":
+                return self._death
+            self._agent = self._connect()
+        try:
+            self._agent.send((kind, content))
+            if not self._agent.poll(ANSWER_SECONDS):
+                raise OSError(f"no answer in {ANSWER_SECONDS:.0f} s")
+            return self._agent.recv()
+        except (OSError, EOFError) as error:
+            self._agent.close()  # an agent ends the engine of a trainer that left
+            self._agent = None
+            self._death = f"the agent that wrote {self._file} is gone ({error!r})"
+            if kind == "start":
+                raise RuntimeError(self._death) from error
+            return self._death
+
+
+def hang_up(connection: Connection) -> None:
+    """Ends a connection that another thread reads: that thread sees its end and closes it."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
+
+
+def own_address(peer: str) -> str:
+    """The address of this machine on the way to `peer`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))  # sends nothing
+        return probe.getsockname()[0]
+
+
+def described_exit(code: int) -> str:
+    if code >= 0:
+        return f"its process exited with code {code}"
+    return f"its process was killed by {signal.Signals(-code).name}"
+
+
+def last_lines(log: Path) -> str:
+    """The end of an engine's log, for an error."""
+    if not log.is_file():
+        return f"{log} does not exist"
+    lines = log.read_text(errors="replace").splitlines()
+    lines = lines[
+        max((i for i, line in enumerate(lines) if line.startswith("--- inc")), default=0) :
+    ]
+    return "\n".join([f"{log} ends with:", *(f"  {line}" for line in lines[-LOG_LINES:])])

@@ -1,0 +1,113 @@
+"""The worker's side of an update: vLLM's weight-transfer lifecycle over our channels.
+
+Imported in every worker of an engine, through `worker_extension_cls`: that registers the backend.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from megasd.rollout.vllm.send import Feed, Receiver
+
+BACKEND = "megasd"
+
+
+@dataclass
+class Feeds(WeightTransferInitInfo):
+    """Every channel of the engine; each worker takes the one that names it."""
+
+    feeds: list[dict[str, Any]]
+
+
+@dataclass
+class Update(WeightTransferUpdateInfo):
+    """All buckets of one update."""
+
+    number: int
+
+
+class StreamedWeights(WeightTransferEngine[Feeds, Update]):
+    """Reads a whole update from the worker's channel in one call.
+
+    A model is loaded layer by layer, as vLLM loads a checkpoint again: what a kernel wants (packed,
+    transposed, quantized) is made anew, in the memory that CUDA graphs know.
+    """
+
+    init_info_cls = Feeds
+    update_info_cls = Update
+    supports_draft_weight_update = False
+    receiver: Receiver | None = None
+
+    def init_transfer_engine(self, init_info: Feeds) -> None:
+        worker = self.parallel_config.rank
+        (feed,) = [
+            feed for feed in (Feed(**plain) for plain in init_info.feeds) if worker in feed.workers
+        ]
+        self.receiver = Receiver(feed, worker, self.device)
+
+    def start_weight_update(self) -> None:
+        if self.device.type == "cpu":
+            drop_packed_experts(self.model)
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: Update) -> None:
+        assert self.receiver is not None, "channels are joined before weights travel"
+        with set_current_vllm_config(self.vllm_config), torch.device(self.device):
+            model: Any = self.model
+            for tensors in self.receiver.buckets(update_info.number):
+                model.load_weights(tensors.items())
+
+    def finish_weight_update(self) -> None:
+        with set_current_vllm_config(self.vllm_config), torch.device(self.device):
+            finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                repack_heads(self.model)
+
+    def shutdown(self) -> None:
+        self.receiver = None
+
+
+def drop_packed_experts(model: torch.nn.Module) -> None:
+    """Lets the experts' CPU kernel be made again from the weights that come.
+
+    vLLM 0.32 packs the weights of experts only when the layer has no kernel yet; after a second
+    load the kernel would read plain weights as packed ones: tokens are wrong, silently.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def repack_heads(model: torch.nn.Module) -> None:
+    """Packs the head's weights for the CPU's kernel again.
+
+    vLLM 0.32 does so for a head that was loaded. One that is tied to the embedding is not: it would
+    go on with the packed weights that it started with.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            method: Any = module.quant_method
+            method.process_weights_after_loading(module)
+
+
+class WorkerExtension:
+    """Named by `worker_extension_cls`; importing it is all that is needed."""
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, StreamedWeights)

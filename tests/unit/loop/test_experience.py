@@ -1,0 +1,134 @@
+"""From prompts to a batch: who takes part, what is made up for, what is counted."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from megasd.algorithms.grpo import GRPO
+from megasd.data.prompts import Prompts
+from megasd.loop.experience import Collector
+from megasd.metrics.phases import Phases
+from megasd.rewards.config import RewardConfig
+from megasd.rollout.config import RolloutConfig
+from megasd.rollout.engine import Request
+from megasd.types import Prompt, Rollout, Verdict
+
+GROUP_SIZE = 2
+
+
+class FakeFleet:
+    """A response is as long as its prompt's index plus one; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        self.requests += requests
+        return [
+            Rollout(
+                prompt=request.prompt,
+                group_id=request.group_id,
+                sample=request.sample,
+                token_ids=np.full(request.prompt.index + 1, request.sample),
+                logprobs=np.full(request.prompt.index + 1, -1.0, dtype=np.float32),
+                text="",
+                finish_reason="stop",
+                policy_version=0,
+            )
+            for request in requests
+        ]
+
+
+class FakeScorer:
+    def __init__(self, judge: Callable[[Rollout], Verdict]) -> None:
+        self.judge = judge
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        return [self.judge(rollout) for rollout in rollouts]
+
+
+class Alone:
+    """One rank's Spread."""
+
+    def map(self, items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> Any:
+        return list(work(items))
+
+
+def collector(judge: Callable[[Rollout], Verdict], algorithm: Any, groups: int = 3) -> Collector:
+    prompts = [
+        Prompt(index=i, messages=(), token_ids=np.array([50 + i]), answer=str(i)) for i in range(6)
+    ]
+    return Collector(
+        prompts=Prompts(prompts, seed=0, shuffle=False),
+        engines=cast(Any, FakeFleet()),
+        scorer=cast(Any, FakeScorer(judge)),
+        spread=cast(Any, Alone()),
+        algorithm=algorithm,
+        needs_rewards=True,
+        rollout=RolloutConfig(
+            prompts_per_step=groups, group_size=GROUP_SIZE, max_response_tokens=9
+        ),
+        reward=RewardConfig(),
+        minibatches=groups if groups < 3 else 1,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+
+
+def first_wins(rollout: Rollout) -> Verdict:
+    return Verdict(reward=float(rollout.sample == 0))
+
+
+def test_a_batch_lays_responses_end_to_end_with_whole_groups_per_mini_batch() -> None:
+    experience = collector(first_wins, GRPO(), groups=2).collect(0, Phases())
+    batch = experience.batch
+    assert experience.offsets.tolist() == [0, 1, 2, 4, 6]
+    assert batch.rollout_ids.tolist() == [0, 1, 2, 2, 3, 3]
+    assert batch.group_ids.tolist() == [0, 0, 1, 1]
+    assert batch.minibatch_ids.tolist() == [0, 0, 1, 1]
+    assert batch.rewards.tolist() == [1, 0, 1, 0]
+    assert [view.prompt_ids.tolist() for view in experience.student_views] == [
+        [50], [50], [51], [51],
+    ]  # fmt: skip
+
+
+def test_groups_of_equal_rewards_are_sampled_anew_and_the_batch_keeps_its_size() -> None:
+    def judge(rollout: Rollout) -> Verdict:  # prompts 0 and 2 teach nothing
+        return Verdict(reward=float(rollout.sample == 0 and rollout.prompt.index not in (0, 2)))
+
+    one = collector(judge, GRPO(dynamic_sampling=True))
+    experience = one.collect(0, Phases())
+    assert sorted({rollout.prompt.index for rollout in experience.rollouts}) == [1, 3, 4]
+    assert experience.metrics["rollout/sampled"] == 10.0  # 3 + 2 groups of 2
+    assert one.prompts.position == 5, "what was dropped was used up"
+    assert len({r.group_id for r in experience.rollouts}) == 3
+
+
+def test_a_verifiers_failure_leaves_the_batch_and_is_counted_never_a_zero() -> None:
+    def judge(rollout: Rollout) -> Verdict:
+        if rollout.prompt.index == 1 and rollout.sample == 1:
+            return Verdict(error="it broke")
+        return Verdict(reward=1.0)
+
+    experience = collector(judge, GRPO()).collect(0, Phases())
+    assert experience.metrics["reward/errors"] == 1.0
+    assert experience.metrics["reward/mean"] == 1.0, "a silent 0 would lower it"
+    assert len(experience.rollouts) == 5
+
+
+def test_a_step_in_which_every_verifier_fails_stops_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"step 4: all 6 rollouts .*it broke.*data\.verifier"):
+        collector(lambda _: Verdict(error="it broke"), GRPO()).collect(4, Phases())
+
+
+def test_seeds_differ_between_samples_prompts_and_steps_and_repeat_with_the_run() -> None:
+    def seeds(step: int) -> list[int]:
+        one = collector(first_wins, GRPO())
+        one.collect(step, Phases())
+        return [request.seed for request in cast(Any, one.engines).requests]
+
+    assert len({*seeds(0), *seeds(1)}) == 12
+    assert seeds(0) == seeds(0)
