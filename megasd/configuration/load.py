@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megasd.algorithms import ALGORITHMS, Method, load_algorithm
 from megasd.checkpoint.config import CheckpointConfig
 from megasd.configuration import schema
 from megasd.configuration.compare import CompareConfig
+from megasd.configuration.written import plain, read_yaml
 from megasd.data.config import ContextConfig, DataConfig
 from megasd.evaluation.config import EvaluationConfig
 from megasd.metrics.config import MetricsConfig
@@ -129,7 +130,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `load_config` reads back to an equal Config."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escape(to_container(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(to_container(config))))
 
 
 def to_container(config: Config) -> dict[str, Any]:
@@ -154,12 +155,12 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def _escape(value: Any) -> Any:
+def escaped(value: Any) -> Any:
     """Keeps text that holds "${" from being read back as an OmegaConf interpolation."""
     if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
+        return {key: escaped(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_escape(item) for item in value]
+        return [escaped(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
     return value
@@ -194,6 +195,7 @@ def _read_files(path: Path, errors: list[str]) -> tuple[list[_Layer], bool]:
         layers.insert(0, _Layer(str(path), values))
         if base is None:
             return layers, True
+        base = schema.as_meant(base, str)
         if not isinstance(base, str):
             errors.append(f"{path}: extends: got {base!r}; write the name of one config file")
             return layers, False
@@ -202,7 +204,9 @@ def _read_files(path: Path, errors: list[str]) -> tuple[list[_Layer], bool]:
 
 def _read_yaml(path: Path, said_by: str) -> dict[str, Any]:
     try:
-        node = OmegaConf.load(path)
+        values = read_yaml(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            OmegaConf.create(plain(values))  # whether each ${...} can be read
     except FileNotFoundError as error:
         where = f"{said_by}: extends: " if said_by else ""
         relative = "; the name is relative to the file that extends it" if said_by else ""
@@ -218,29 +222,43 @@ def _read_yaml(path: Path, said_by: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         fault = f"{path}: cannot be read as a config file ({error}); give a YAML text file"
         raise ConfigError([fault]) from error
-    if isinstance(node, ListConfig):
+    if isinstance(values, list):
         raise ConfigError([f"{path}: holds a list; a config file holds sections, like `run:`"])
-    return OmegaConf.to_container(node)  # pyright: ignore[reportReturnType]
+    if not isinstance(values, dict | None):
+        fault = (
+            f"{path}: cannot be read as a config file (it holds one value); give a YAML text file"
+        )
+        raise ConfigError([fault])
+    return values or {}
 
 
 def _read_overrides(overrides: Sequence[str], errors: list[str]) -> list[_Layer]:
     layers: list[_Layer] = []
     for item in overrides:
-        key, equals, _ = item.partition("=")
+        key, equals, written = item.partition("=")
         if not equals:
             errors.append(
                 f"{COMMAND_LINE}: {item}: not an override; write key=value, like run.steps=10"
             )
             continue
         try:
-            values = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
+            value = read_yaml(written)
+            OmegaConf.create([plain(value)])
+            values = _at(OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=0"])), value)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
             fault = problem or str(error).splitlines()[0]
             errors.append(f"{COMMAND_LINE}: {key}: not valid YAML ({fault}); quote the value")
             continue
-        layers.append(_Layer(COMMAND_LINE, values))  # pyright: ignore[reportArgumentType]
+        layers.append(_Layer(COMMAND_LINE, values))
     return layers
+
+
+def _at(place: Any, value: Any) -> Any:
+    """`value` in the place of the one leaf."""
+    if not isinstance(place, dict):
+        return value
+    return {key: _at(inner, value) for key, inner in place.items()}
 
 
 # ---- from layers to the configuration ------------------------------------------------------
@@ -329,7 +347,7 @@ class _Composer:
             elif section is None or value is not None or schema.is_optional(hints[name]):
                 self.sources[key] = source
                 self.hints[key] = hints[name]
-                self.leaves[-1][key] = schema.undo_yaml_boolean(value, hints[name])
+                self.leaves[-1][key] = schema.as_meant(value, hints[name])
             # Otherwise it is a section left empty, which says nothing.
 
     def _tree(self) -> Any:

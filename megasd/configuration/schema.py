@@ -7,6 +7,8 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megasd.configuration.written import Written, plain
+
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -55,10 +57,19 @@ def is_list_of_lists(value: Any, hint: Any) -> bool:
     return any(isinstance(item, list | dict) for item in items)
 
 
-def undo_yaml_boolean(value: Any, hint: Any) -> Any:
-    """YAML reads a bare `off` as false; where "off" is one of the choices, it was meant."""
-    choices = get_args(without_null(hint)) if get_origin(without_null(hint)) is Literal else ()
-    return "off" if value is False and "off" in choices else value
+def as_meant(value: Any, hint: Any) -> Any:
+    """A value of a file as its key's type reads it: text, and words to choose from, as written."""
+    hint = without_null(hint)
+    kind, inner = get_origin(hint), get_args(hint)
+    if isinstance(value, Written):
+        if hint is str or (kind is Literal and value.text in inner):
+            return value.text
+        return "off" if kind is Literal and value.value is False and "off" in inner else value.value
+    if isinstance(value, list) and kind in (list, tuple):
+        return [as_meant(item, inner[0]) for item in value]
+    if isinstance(value, dict) and kind is dict:
+        return {name: as_meant(item, inner[1]) for name, item in value.items()}
+    return plain(value)
 
 
 def shown(value: Any) -> str:
@@ -77,6 +88,8 @@ def describe(hint: Any) -> str:
         return f"a list of {len(get_args(hint))} numbers"
     if section := section_of(hint):
         return "a section with keys among " + ", ".join(fields_of(section))
+    if get_origin(hint) is dict and get_args(hint)[1] in _WORDS:
+        return f"a section whose values are {_WORDS[get_args(hint)[1]]}, like {{A: b}}"
     return _WORDS.get(hint, "a section")
 
 

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megasd.configuration import schema
-from megasd.configuration.load import COMMAND_LINE
+from megasd.configuration.load import COMMAND_LINE, escaped
+from megasd.configuration.written import read_yaml
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def read_site(flags: argparse.Namespace) -> tuple[Site, list[str]]:
 
 def _read(path: str, errors: list[str]) -> Site:
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path)) if Path(path).is_file() else None
+        file = Path(path)
+        values = read_yaml(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         errors.append(f"{path}: cannot be read as YAML ({error}); correct it")
         return Site()
@@ -93,8 +95,9 @@ def _read(path: str, errors: list[str]) -> Site:
             advice = schema.did_you_mean(str(key), hints) or "; known: " + ", ".join(hints)
             errors.append(f"{path}: {key}: unknown key{advice}")
             continue
+        value = schema.as_meant(value, hints[key])
         try:
-            kept = OmegaConf.merge(kept, {key: value})
+            kept = OmegaConf.merge(kept, {key: escaped(value)})
         except OmegaConfBaseException:
             wanted = schema.describe(hints[key])
             errors.append(f"{path}: {key}: got {schema.shown(value)}; write {wanted}")

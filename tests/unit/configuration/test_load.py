@@ -89,6 +89,52 @@ def test_a_bare_off_is_the_word_where_that_is_a_choice() -> None:
     assert config.metrics.console is False
 
 
+# As a person may write them, and what YAML 1.1 takes them for.
+SCALARS = [
+    *("12:30", "12:00:00", "0123", "010", "1e3", "1E-2", "1.50", "1_000", "0x1F", ".5", "-3", "+1"),
+    *("yes", "no", "On", "off", "TRUE", "y", "2026-01-01", "2026-01-01 10:00:00", ".inf", ".nan"),
+    *("=", "0o17", "1.", "007.5", "1:30.5"),
+]
+
+
+def test_text_is_what_was_written_wherever_a_key_holds_text() -> None:
+    write("c.yaml", "run: {name: 1e3}\nmodel: {path: 0123}\nalgorithm: {name: rlsd}\n")
+    with Path("c.yaml").open("a") as file:
+        file.write(f"data:\n  files: [{', '.join(SCALARS)}]\n  system_prompt: 12:30\n")
+        keys = ", ".join(f"{scalar}: x" for scalar in SCALARS)
+        file.write(f"  chat_template_options: {{{keys}}}\n")
+    config = load_config("c.yaml", ["metrics.wandb_project=no", "context.template=2026-01-01"])
+    assert (config.run.name, config.model.path, config.data.system_prompt) == (
+        "1e3",
+        "0123",
+        "12:30",
+    )
+    assert config.data.files == SCALARS
+    assert config.data.chat_template_options == dict.fromkeys(SCALARS, "x")
+    assert (config.metrics.wandb_project, config.context.template) == ("no", "2026-01-01")
+    write("saved.yaml", to_yaml(config))
+    assert load_config("saved.yaml") == config
+
+
+def test_a_number_is_one_that_was_written_as_a_number() -> None:
+    write("c.yaml", COMPLETE + "rollout: {vllm: {options: {a: 1e3, b: 0x10, c: no, d: 12:30}}}\n")
+    config = load_config("c.yaml", ["run.steps=0100", "run.seed=1_000", "optimizer.lr=.5"])
+    assert config.rollout.vllm.options == {"a": 1000.0, "b": 16, "c": False, "d": "12:30"}
+    assert (config.run.steps, config.run.seed, config.optimizer.lr) == (100, 1000, 0.5)
+    for override in ("run.steps=1:40", "optimizer.lr=1:30.5", "run.steps=1e3", "run.steps=0o17"):
+        (error,) = errors_of("c.yaml", override)
+        assert "write a " in error
+    (error,) = errors_of("c.yaml", "run.name=null")
+    assert error == "command line: run.name: got null; write text"
+
+
+@pytest.mark.parametrize("data", ["&a {files: *a}", "{files: &a [*a]}"])
+def test_an_alias_within_its_own_anchor_is_refused(data: str) -> None:
+    write("c.yaml", COMPLETE + f"data: {data}\n")
+    (error,) = errors_of("c.yaml")
+    assert error.startswith("c.yaml, line 4: not valid YAML: found unconstructable recursive node")
+
+
 def test_a_section_left_empty_says_nothing_and_a_reference_is_followed() -> None:
     write("c.yaml", COMPLETE + "optimizer:\nteacher: {every: '${run.steps}'}\n")
     config = load_config("c.yaml")

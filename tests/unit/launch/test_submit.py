@@ -64,6 +64,29 @@ def test_flags_go_before_the_site_file_and_add_to_its_lists(
     assert exports == ["export A=1", "export B=3", "export C='it'\"'\"'s'"]
 
 
+def test_text_of_a_site_file_is_what_was_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """To YAML 1.1 the times are 43200 and 7200: as minutes, a month and five days."""
+    text = "time: 12:00:00\naccount: 0123\nmem: 0\nmpi: no\npartition: 1e3\n"
+    text += "srun: [--kill=on, 010]\n"
+    text += "directives: {time-min: 2:00:00, nice: 010, begin: 2026-01-01}\n"
+    text += "environment: {ON: yes, A: 1e3, B: 0123, C: 1:30, D: 2026-01-01, E: '${HOME}', F: 1.50}"
+    write("site.yaml", text)
+    lines = dry_run(capsys, "--site=site.yaml")
+    asked = ("time=12:00:00", "account=0123", "mem=0", "partition=1e3", "time-min=2:00:00")
+    for line in (*asked, "nice=010", "begin=2026-01-01"):
+        assert f"#SBATCH --{line}" in lines
+    for line in ("ON=yes", "A=1e3", "B=0123", "C=1:30", "D=2026-01-01", "E='${HOME}'", "F=1.50"):
+        assert f"export {line}" in lines
+    assert any(" --mpi=no " in line and " --kill=on 010" in line for line in lines)
+    write("site.yaml", "gpus_per_node: 1:30\nenvironment: {A: null}\ntime: [1]\n")
+    assert {*refusals(capsys, "--site=site.yaml")} >= {
+        'site.yaml: gpus_per_node: got "1:30"; write a whole number',
+        'site.yaml: environment: got {"A": null}; write a section whose values are text, like '
+        "{A: b}",
+        "site.yaml: time: got [1]; write text",
+    }
+
+
 def to_text(values: dict[str, Any]) -> str:
     import yaml
 
