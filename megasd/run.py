@@ -128,6 +128,7 @@ def _assemble(
         rank=dist.get_rank(),
         run_config=to_container(config),
         first_step=checkpoints.next_step,
+        unwritten=checkpoints.rows,
     )
     return Job(
         algorithm=config.algorithm,

@@ -67,6 +67,7 @@ class Checkpoints:
         self.policy = policy
         self.prompts = prompts
         self.memory: dict[str, torch.Tensor] = {}  # the algorithm's, from step to step
+        self.rows: list[str] = []  # of metrics.jsonl that could not be written yet, on rank 0
         self.next_step = 0  # the first step that is still to be done
         # Of the threads that write: they talk whenever they are done, not in the order of a step.
         group = dist.new_group(backend="gloo", timeout=_WRITING_LIMIT)
@@ -158,6 +159,7 @@ class Checkpoints:
         self.prompts.load_state_dict(state["prompts"])
         device = self.policy.backend.device
         self.memory.update({k: v.to(device) for k, v in state["memory"].items()})
+        self.rows[:] = state.get("rows", [])  # older checkpoints have none
         self.next_step = state["next_step"]
         if not same_ranks:
             reseed(self.policy.seed, self.next_step, dist.get_rank())
@@ -209,6 +211,7 @@ class Checkpoints:
             **sharded_state(self.policy, loading=False),
             "prompts": self.prompts.state_dict(),
             "memory": {name: value.cpu() for name, value in self.memory.items()},
+            "rows": list(self.rows),
             "next_step": next_step,
         }
         is_cuda, validate = self.policy.backend.is_cuda, not self._is_validated

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 
-from rich.console import Console as Terminal
+from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +22,13 @@ SHOWN = {  # label -> metric; a step shows those that it has
     "grad norm": "update/grad_norm",
     "tokens/s": "speed/tokens_per_second",
 }
+
+
+class Terminal(RichConsole):
+    """Rich's own way with a reader that is gone is to end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that it is called for
 
 
 class Console:
@@ -68,6 +75,9 @@ class Console:
         elif time.perf_counter() - self._last_line >= 1.0 or step + 1 == self._total_steps:
             self._last_line = time.perf_counter()
             self._print(f"step {step + 1}/{self._total_steps}  {text}  eta {self._eta(step)}")
+
+    def say(self, sentence: str) -> None:
+        self._print(sentence)
 
     def close(self) -> None:
         if self._bar is not None:

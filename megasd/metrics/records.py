@@ -1,22 +1,24 @@
-"""The run's records: metrics.jsonl always, the console and wandb as configured.
+"""The run's records: metrics.jsonl always, the console and wandb as configured. None ends a run.
 
 Row s holds what step s measured and, when it was due, the held-out evaluation of the weights
 before that step; the row after the last step, numbered like the run's length, holds only an
 evaluation. What belongs to one start of a process lives under "time/", "speed/" and "engine/": all
 other metrics repeat to the bit.
+
+Console and wandb are dropped, with a warning, when they fail. Rows that metrics.jsonl does not take
+are kept, in checkpoints too, and written as soon as it does.
 """
 
 import contextlib
 import json
 import math
-import os
-import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megasd.metrics import wandb
 from megasd.metrics.config import MetricsConfig
 from megasd.metrics.console import Console
 from megasd.process.durable import append_durably, write_durably
@@ -29,7 +31,8 @@ class Metrics:
     """`log(step, values)` once per step, on every rank; rank 0 writes. A context manager.
 
     Starting at `first_step` drops the rows from it on: a killed run may have logged steps that
-    its last checkpoint does not know.
+    its last checkpoint does not know. `unwritten` are the rows that are in no file yet; whoever
+    saves a checkpoint puts them in it.
     """
 
     def __init__(
@@ -41,18 +44,29 @@ class Metrics:
         rank: int,
         run_config: Mapping[str, Any],
         first_step: int = 0,
+        unwritten: list[str] | None = None,
     ) -> None:
         self._writes = rank == 0
         self._console: Console | None = None
         self._wandb: Any = None
+        self._unwritten = [] if unwritten is None else unwritten
         if not self._writes:
             return
         self._path = run_folder / METRICS_FILE
         with _trouble_with(self._path):
-            drop_rows_from(self._path, first_step)
-        self._wandb = _start_wandb(config, run_folder, run_config)
+            drop_rows_from(self._path, first_step, unwritten=self._unwritten)
+        self._unwritten.clear()
+        self._is_behind = False
+        self._guard("metrics.wandb", lambda: self._start_wandb(config, run_folder, run_config))
         if config.console:
             self._console = Console(run_folder.name, first_step=first_step, total_steps=total_steps)
+            if self._wandb is not None:
+                self.say(f"wandb: {wandb.where(self._wandb)}")
+
+    def _start_wandb(
+        self, config: MetricsConfig, run_folder: Path, run_config: Mapping[str, Any]
+    ) -> None:
+        self._wandb = wandb.start(config, run_folder, run_config)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -65,27 +79,67 @@ class Metrics:
     ) -> None:
         if not self._writes:
             return
-        if self._console is not None:
-            self._console.close()
+        if self._unwritten:
+            self._write()
+        if console := self._console:
+            self._guard("metrics.console", console.close)
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            code = 0 if kind is None else 1
+            self._guard("metrics.wandb", lambda: self._wandb.finish(exit_code=code))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one row, keys sorted; what is not finite is null.
 
-        On the disk before it returns: a checkpoint that counts the step comes later. Raises
-        TryAgainError when the disk is full; then nothing of the row is there.
+        On the disk before it returns, or among the rows that a checkpoint takes along.
         """
         if not self._writes:
             return
         numbers = {name: float(value) for name, value in values.items()}
         row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        with _trouble_with(self._path):
-            append_durably(self._path, json.dumps({"step": step, **row}, sort_keys=True) + "\n")
+        self._unwritten.append(json.dumps({"step": step, **row}, sort_keys=True) + "\n")
+        self._write()
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
-        if self._console is not None:
-            self._console.show(step, numbers)
+            self._guard("metrics.wandb", lambda: self._wandb.log(numbers, step=step))
+        if console := self._console:
+            self._guard("metrics.console", lambda: console.show(step, numbers))
+
+    def say(self, sentence: str) -> None:
+        """A line of its own on the console."""
+        if console := self._console:
+            self._guard("metrics.console", lambda: console.say(sentence))
+
+    def _write(self) -> None:
+        """All rows that are in no file yet."""
+        try:
+            append_durably(self._path, "".join(self._unwritten))
+        except OSError as error:
+            if not self._is_behind:
+                warnings.warn(
+                    f"{self._path} cannot be written ({error.strerror}); make room: its rows are "
+                    "kept, in checkpoints too, and written when that works again",
+                    stacklevel=3,
+                )
+            self._is_behind = True
+            return
+        self._unwritten.clear()
+        self._is_behind = False
+
+    def _guard(self, name: str, act: Callable[[], Any]) -> None:
+        """What fails is not asked again."""
+        try:
+            act()
+        except Exception as error:
+            warnings.warn(
+                f"{name}: failed and is left out from here on, the run goes on: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=3,
+            )
+            if name == "metrics.wandb":
+                self._wandb = None
+            elif self._console is not None:
+                broken, self._console = self._console, None
+                with contextlib.suppress(Exception):
+                    broken.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -104,11 +158,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def drop_rows_from(path: Path, step: int) -> None:
-    """Rewrites metrics.jsonl without the rows of `step` and later; a kill leaves old or new."""
-    if not path.exists():
+def drop_rows_from(path: Path, step: int, *, unwritten: Sequence[str] = ()) -> None:
+    """Rewrites metrics.jsonl without the rows of `step` and later; a kill leaves old or new.
+
+    Rows of earlier steps that it does not hold are taken from `unwritten`.
+    """
+    if not path.exists() and not unwritten:
         return
-    kept = [json.dumps(row, sort_keys=True) + "\n" for row in read_rows(path) if row["step"] < step]
+    rows = {row["step"]: row for row in [*map(json.loads, unwritten), *read_rows(path)]}
+    kept = [json.dumps(rows[s], sort_keys=True) + "\n" for s in sorted(rows) if s < step]
     write_durably(path, "".join(kept))
 
 
@@ -120,37 +178,3 @@ def _trouble_with(path: Path) -> Iterator[None]:
         raise TryAgainError(
             f"{path} cannot be written ({error.strerror}); make room, then continue with --resume"
         ) from error
-
-
-def _start_wandb(config: MetricsConfig, run_folder: Path, run_config: Mapping[str, Any]) -> Any:
-    """A wandb run, None when off. What cannot go online is recorded offline, with a warning."""
-    if config.wandb == "off":
-        return None
-    import wandb  # a second of import time
-
-    mode = config.wandb
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    # The id outlives the process: a resumed run continues its curves.
-    id_file = run_folder / "wandb_id"
-    if not id_file.exists():
-        write_durably(id_file, secrets.token_hex(4))
-    arguments = {
-        "project": config.wandb_project,
-        "name": run_folder.name,
-        "id": id_file.read_text().strip(),
-        "resume": "allow",
-        "dir": str(run_folder),
-        "config": dict(run_config),
-        "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
-    }
-    if mode == "online":
-        try:
-            return wandb.init(mode="online", **arguments)
-        except wandb.Error as error:
-            warnings.warn(
-                f"metrics.wandb: cannot go online ({error}); this run is recorded in "
-                f"{run_folder}/wandb, send it later with `wandb sync`",
-                stacklevel=2,
-            )
-    return wandb.init(mode="offline", **{**arguments, "resume": None})

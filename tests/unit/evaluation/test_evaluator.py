@@ -10,7 +10,7 @@ import pytest
 from megasd.evaluation.config import EvaluationConfig
 from megasd.evaluation.evaluate import Counts, Evaluation, evaluate, leakage
 from megasd.evaluation.evaluator import Evaluator
-from megasd.evaluation.records import read_counts
+from megasd.evaluation.records import read_counts, write_counts
 from megasd.rollout.engine import Request
 from megasd.types import Prompt, Rollout, Verdict
 
@@ -160,3 +160,13 @@ def test_the_counts_of_every_evaluation_lie_in_the_run_folder(tmp_path: Path) ->
     assert read_counts(tmp_path, 0).right == [1, 1, 1, 1]
     assert read_counts(tmp_path, 20) == Counts([0, 10, 20, 30], [2, 2, 2, 2], [2, 2, 2, 2])
     assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def test_counts_that_cannot_be_written_are_a_warning_and_to_whoever_reads_them_a_sentence(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "evaluations").write_text("a file, where a folder must be made")
+    with pytest.warns(UserWarning, match=r"step_000020\.json cannot be written \("):
+        write_counts(tmp_path, 20, Counts([1], [1], [1]))
+    with pytest.raises(ValueError, match=r"step_000020\.json: the counts .* cannot be read"):
+        read_counts(tmp_path, 20)

@@ -1,15 +1,20 @@
+import contextlib
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import wandb
 from PIL import Image
-from wandb.errors import CommError
 
+from megasd.metrics import wandb as wandb_record
 from megasd.metrics.config import MetricsConfig
 from megasd.metrics.phases import Phases
 from megasd.metrics.plot import plot_run
@@ -19,17 +24,16 @@ from megasd.metrics.run_folder import create_run_folder, git_state, versions
 QUIET = MetricsConfig(console=False, wandb="off")
 
 
-def metrics(folder: Path, config: MetricsConfig = QUIET, **changes: int) -> Metrics:
-    arguments = {"total_steps": 4, "rank": 0, "first_step": 0, **changes}
+def metrics(folder: Path, config: MetricsConfig = QUIET, **changes: Any) -> Metrics:
+    arguments: dict[str, Any] = {"total_steps": 4, "rank": 0, "first_step": 0, **changes}
     return Metrics(config, folder, run_config={"run": {"name": "test"}}, **arguments)
 
 
 def on_a_full_disk(code: str, folder: Path) -> str:
     """What `code` prints, in a process whose files cannot grow beyond 1000 bytes."""
     limited = """
-        import resource, sys
+        import resource, sys, warnings
         from pathlib import Path
-        from megasd.process.errors import TryAgainError
         from megasd.metrics.config import MetricsConfig
         from megasd.metrics.records import Metrics
         from megasd.metrics.run_folder import create_run_folder
@@ -150,26 +154,44 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_rewritten(tmp_path:
     assert path.read_text().count("\n") == 3
 
 
-def test_a_row_that_the_disk_has_no_room_for_is_trouble_that_may_pass_and_leaves_no_part(
+def test_rows_that_the_disk_has_no_room_for_are_kept_and_written_when_there_is_some(
     tmp_path: Path,
 ) -> None:
     said = on_a_full_disk(
         """
         config = MetricsConfig(console=False, wandb="off")
-        records = Metrics(config, folder, total_steps=4, rank=0, run_config={})
+        unwritten = []
+        records = Metrics(
+            config, folder, total_steps=4, rank=0, run_config={}, unwritten=unwritten
+        )
         records.log(0, {"update/loss": 0.5})
-        try:
+        with warnings.catch_warnings(record=True) as caught:
             records.log(1, {f"metric/{i}": 0.5 for i in range(100)})
-        except TryAgainError as error:
-            print(error)
+            records.log(2, {"update/loss": 0.25})
+        print(*(warning.message for warning in caught))
+        print(len(unwritten), (folder / "metrics.jsonl").read_text(), end="")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        records.log(3, {"update/loss": 0.125})
+        print(unwritten)
         """,
         tmp_path,
     )
     path = tmp_path / "metrics.jsonl"
     assert said == (
-        f"{path} cannot be written (File too large); make room, then continue with --resume\n"
+        f"{path} cannot be written (File too large); make room: its rows are kept, in checkpoints "
+        'too, and written when that works again\n2 {"step": 0, "update/loss": 0.5}\n[]\n'
     )
-    assert path.read_text() == '{"step": 0, "update/loss": 0.5}\n'
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]
+
+
+def test_rows_that_only_a_checkpoint_holds_are_written_at_a_resume(tmp_path: Path) -> None:
+    with metrics(tmp_path) as records:
+        for step in (0, 1):
+            records.log(step, {"update/loss": float(step)})
+    from_checkpoint = ['{"step": 2, "update/loss": 2.0}\n', '{"step": 1, "update/loss": 1.0}\n']
+    metrics(tmp_path, first_step=3, unwritten=from_checkpoint)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    assert from_checkpoint == []
 
 
 # ---- wandb and console
@@ -192,21 +214,67 @@ def test_without_a_key_wandb_records_offline_in_the_run_folder(
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_wandb_that_cannot_go_online_warns_and_records_offline(
+def test_with_a_key_and_no_network_wandb_warns_and_records_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(wandb_record, "INIT_SECONDS", 0.5)
+    with pytest.warns(UserWarning, match=r"metrics\.wandb: cannot go online \("):
+        records = metrics(tmp_path, MetricsConfig())
+    with records:
+        records.log(0, {"update/loss": 1.0})
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert f"wandb: {tmp_path}/wandb/offline-run-" in capsys.readouterr().out
+
+
+def test_a_wandb_whose_service_is_gone_is_left_out_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modes = []
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with metrics(tmp_path, MetricsConfig(console=False)) as records:
+        service = psutil.Process(os.getpid()).children(recursive=True)
+        for process in service:
+            process.kill()
+        psutil.wait_procs(service)
+        with pytest.warns(UserWarning, match=r"metrics\.wandb: failed and is left out"):
+            records.log(0, {"update/loss": 1.0})
+        records.log(1, {"update/loss": 1.0})
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 2
+    with contextlib.suppress(ConnectionError):
+        wandb.teardown()  # for the tests behind this one
 
-    def init(mode: str, **_: object) -> None:
-        modes.append(mode)
-        if mode == "online":
-            raise CommError("no route to host")
 
-    monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    with pytest.warns(UserWarning, match=r"metrics\.wandb: cannot go online \(no route to host\)"):
-        metrics(tmp_path, MetricsConfig(console=False)).__enter__()
-    assert modes == ["online", "offline"]
+@pytest.mark.parametrize(
+    ("key", "config", "environment", "chosen"),
+    [
+        ("", "auto", "", "offline"),
+        ("k", "auto", "", "online"),
+        ("k", "auto", "offline", "offline"),
+        ("k", "auto", "disabled", "off"),
+        ("k", "online", "offline", "online"),
+        ("k", "off", "online", "off"),
+    ],
+)
+def test_the_config_chooses_wandbs_mode_and_auto_leaves_it_to_the_environment(
+    key: str, config: Any, environment: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_MODE", environment)
+    assert wandb_record.chosen_mode(MetricsConfig(wandb=config)) == chosen
+
+
+def test_a_console_that_nobody_reads_any_more_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO(write, "w"), write_through=True))
+    with metrics(tmp_path, MetricsConfig(wandb="off")) as records:
+        with pytest.warns(UserWarning, match=r"metrics\.console: failed.*BrokenPipeError"):
+            records.log(0, {"update/loss": 1.0})
+        records.log(1, {"update/loss": 1.0})
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_without_a_terminal_there_is_a_plain_line_for_each_step_or_each_second(
