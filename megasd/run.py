@@ -108,6 +108,7 @@ def _assemble(
 ) -> "Job":
     """What the loop runs on this rank; `stack` closes what must be closed."""
     from megasd.loop.diagnostics import Diagnostics
+    from megasd.loop.health import Health
     from megasd.loop.reading import Reader
     from megasd.loop.train import Job
 
@@ -121,6 +122,8 @@ def _assemble(
     engines = _fleet(config, data, policy, folder)
     stack.callback(engines.close)
     source = _solutions(config, data, spread) if config.algorithm.needs.solutions else engines
+    health = Health(speaks=dist.get_rank() == 0)
+    stack.callback(health.sum_up)
     metrics = Metrics(
         config.metrics,
         folder,
@@ -152,6 +155,7 @@ def _assemble(
             config=to_yaml(config),
             max_skipped_in_a_row=config.optimizer.max_skipped_in_a_row,
         ),
+        health=health,
         phases=phases,
         steps=config.run.steps,
         minibatches=config.optimizer.minibatches_per_step,

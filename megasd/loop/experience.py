@@ -38,6 +38,15 @@ class Experience:
     metrics: dict[str, float]
 
 
+def _equal_groups(seen: Sequence[tuple[Rollout, Verdict]]) -> float:
+    """The share of groups in which all that have a reward have the same."""
+    rewards: dict[int, set[float]] = {}
+    for rollout, verdict in seen:
+        if verdict.error is None:
+            rewards.setdefault(rollout.group_id, set()).add(verdict.reward)
+    return float(np.mean([len(different) == 1 for different in rewards.values()]))
+
+
 class Collector:
     """Samples a step's rollouts and has them judged."""
 
@@ -152,6 +161,8 @@ class Collector:
                 correct = np.array(rewards) >= self.reward.success_threshold
                 metrics["reward/mean"] = float(np.mean(rewards))
                 metrics["reward/accuracy"] = float(np.mean(correct))
+                if self.rollout.group_size > 1:
+                    metrics["reward/equal_groups"] = _equal_groups(seen)
         return metrics
 
     def _assemble(

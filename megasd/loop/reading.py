@@ -1,6 +1,5 @@
 """From a sampled batch to one that credit can be assigned on: who reads what, in which order."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -45,7 +44,6 @@ class Reader:
         self.mismatch = mismatch
         self.seed = seed
         self.memory = memory
-        self._steps_without_gap = 0
 
     def read(self, experience: Experience, step: int) -> tuple[ResponseBatch, dict[str, float]]:
         """The batch with all that the algorithm needs, and what to log of the teachers.
@@ -212,20 +210,6 @@ class Reader:
         self.memory.clear()
         self.memory.update(credit.memory)
         return {f"credit/{name}": value for name, value in credit.metrics.items()}
-
-    def watch(self, values: Mapping[str, float]) -> None:
-        """A teacher that always agrees teaches nothing: say so, once, after three such steps."""
-        largest = values.get("teacher/gap_max")
-        if largest is None:
-            return
-        self._steps_without_gap = self._steps_without_gap + 1 if largest < 1e-6 else 0
-        if self._steps_without_gap == 3:
-            warnings.warn(
-                "for 3 steps the teacher gave every token the student's own log-prob: its context "
-                "is probably not what it should be; look at context.sources and context.template, "
-                "and whether data.max_prompt_tokens leaves room for the context",
-                stacklevel=2,
-            )
 
 
 def _teacher_scores(

@@ -7,6 +7,7 @@ from megasd.checkpoint.checkpoints import Checkpoints
 from megasd.evaluation.evaluator import Evaluator
 from megasd.loop.diagnostics import Diagnostics
 from megasd.loop.experience import Collector
+from megasd.loop.health import Health
 from megasd.loop.reading import Reader, step_metrics
 from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
@@ -28,6 +29,7 @@ class Job:
     checkpoints: Checkpoints
     metrics: Metrics
     diagnostics: Diagnostics
+    health: Health
     phases: Phases  # where the run is, also for the watchdog
     steps: int
     minibatches: int
@@ -67,7 +69,7 @@ def train(job: Job) -> bool:
             policy.teacher.after_batch(step, updated=not all(u.skipped for u in updates))
 
         values |= scored | job.engines.metrics() | step_metrics(experience, batch, updates)
-        job.reader.watch(values)
+        values |= job.health.watch(step, values)
         values["data/epoch"] = job.collector.prompts.epoch
         values |= phases.finish_step(experience.metrics["rollout/tokens"])
         job.metrics.log(step, values)

@@ -117,6 +117,15 @@ def test_a_verifiers_failure_leaves_the_batch_and_is_counted_never_a_zero() -> N
     assert experience.metrics["reward/errors"] == 1.0
     assert experience.metrics["reward/mean"] == 1.0, "a silent 0 would lower it"
     assert len(experience.rollouts) == 5
+    assert experience.metrics["reward/equal_groups"] == 1.0
+
+
+def test_groups_whose_rewards_are_all_equal_are_counted_among_all_that_was_sampled() -> None:
+    def judge(rollout: Rollout) -> Verdict:
+        return Verdict(reward=float(rollout.sample == 0 and rollout.prompt.index == 1))
+
+    metrics = collector(judge, GRPO()).collect(0, Phases()).metrics
+    assert metrics["reward/equal_groups"] == pytest.approx(2 / 3)
 
 
 def test_a_step_in_which_every_verifier_fails_stops_with_the_reason() -> None:

@@ -267,19 +267,6 @@ def test_memory_passes_from_one_step_s_credit_to_the_next_step_s_batch() -> None
     assert one.memory == {}
 
 
-def test_a_teacher_that_says_what_the_student_says_for_three_steps_is_reported_once() -> None:
-    one = reader(FakePolicy(), RLSD())
-    for _ in range(2):
-        one.watch({"teacher/gap_max": 0.0})
-    one.watch({"teacher/gap_max": 1e-3})
-    one.watch({})
-    for _ in range(2):
-        one.watch({"teacher/gap_max": 0.0})
-    with pytest.warns(UserWarning, match=r"context\.sources"):
-        one.watch({"teacher/gap_max": 0.0})
-    one.watch({"teacher/gap_max": 0.0})
-
-
 def test_gaps_are_measured_against_the_update_s_own_forward_where_nothing_else_scored_it() -> None:
     policy = FakePolicy(gap=0.5)
     experience = an_experience()
