@@ -25,7 +25,7 @@ def chosen_mode(config: MetricsConfig) -> str:
 
 def start(config: MetricsConfig, run_folder: Path, run_config: Mapping[str, Any]) -> Any:
     """A wandb run; None when off. What cannot go online is recorded offline, with a warning."""
-    mode = chosen_mode(config)
+    mode: Any = chosen_mode(config)
     if mode == "off":
         return None
     import wandb  # a second of import time
