@@ -124,15 +124,6 @@ def _assemble(
     source = _solutions(config, data, spread) if config.algorithm.needs.solutions else engines
     health = Health(speaks=dist.get_rank() == 0)
     stack.callback(health.sum_up)
-    metrics = Metrics(
-        config.metrics,
-        folder,
-        total_steps=config.run.steps,
-        rank=dist.get_rank(),
-        run_config=to_container(config),
-        first_step=checkpoints.next_step,
-        unwritten=checkpoints.rows,
-    )
     return Job(
         algorithm=config.algorithm,
         policy=policy,
@@ -149,7 +140,7 @@ def _assemble(
         ),
         evaluator=_evaluator(config, data, engines, scorer, spread, folder),
         checkpoints=checkpoints,
-        metrics=stack.enter_context(metrics),
+        metrics=stack.enter_context(_metrics(config, folder, checkpoints)),
         diagnostics=Diagnostics(
             folder,
             config=to_yaml(config),
@@ -159,6 +150,18 @@ def _assemble(
         phases=phases,
         steps=config.run.steps,
         minibatches=config.optimizer.minibatches_per_step,
+    )
+
+
+def _metrics(config: Config, folder: Path, checkpoints: "Checkpoints") -> Metrics:
+    return Metrics(
+        config.metrics,
+        folder,
+        total_steps=config.run.steps,
+        rank=dist.get_rank(),
+        run_config=to_container(config),
+        first_step=checkpoints.next_step,
+        unwritten=checkpoints.rows,
     )
 
 
