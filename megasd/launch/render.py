@@ -15,6 +15,11 @@ from megasd.launch.site import Site
 from megasd.process.interrupt import EXIT_CODE
 
 TEMPLATE = "train.sbatch.in"
+# Every rank has a socket to every other, and workers besides: 1024 files are the usual soft limit.
+OPEN_FILES = """\
+[ "$(ulimit -Sn)" = unlimited ] || [ "$(ulimit -Sn)" -ge 65536 ] ||
+    ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
+"""
 SCRIPT = "job.sh"  # of a submission, in its folder
 PREFLIGHT_SECONDS = 600  # it has limits of its own; this is for one that hangs all the same
 CONFIG = "config.yaml"  # of a submission: resolved, so that later edits do not reach a queued job
@@ -47,12 +52,13 @@ def render(job: SlurmJob) -> str:
         "VERSION": __version__,
         "RUN": shlex.quote(str(job.run)),
         "SUBMISSION": shlex.quote(str(job.submission)),
-        "SETUP": site.setup.strip(),
+        "SETUP": _setup(site),
         "ENVIRONMENT": "\n".join(
             f"export {key}={shlex.quote(value)}" for key, value in site.environment.items()
         ),
         "PATIENCE": str(max(site.signal_lead_seconds - 30, site.signal_lead_seconds // 2)),
         "ENGINES": _engines(job),
+        "OPEN_FILES": OPEN_FILES.strip(),
         "PREFLIGHT": "yes" if site.preflight else "",
         "PREFLIGHT_SECONDS": str(PREFLIGHT_SECONDS),
         "DOCTOR": _doctor(job),
@@ -61,7 +67,7 @@ def render(job: SlurmJob) -> str:
         "RANKS": str(job.nodes.ranks),
         "GPUS": str(job.nodes.gpus_per_node),
         "GRACE": str(site.grace_seconds),
-        "SRUN": shlex.join(_srun(job)),
+        "SRUN": shlex.join(_srun(job, cpus=site.cpus_per_task)),
         "MAX_CRASHES": str(site.max_crashes),
         "MAX_REQUEUES": str(site.max_requeues),
         "CHAINED": "yes" if job.is_chained else "",
@@ -76,6 +82,23 @@ def render(job: SlurmJob) -> str:
             "of the site file"
         )
     return script
+
+
+def _setup(site: Site) -> str:
+    """Run as in a shell of its author's: none that stops at unset variables."""
+    lines = site.setup.strip()
+    if not lines:
+        return ""
+    return f"""\
+# The site's own lines. Activation scripts look at variables that nobody has set.
+set +uo pipefail
+trap 'say "setup: ended with $?: $BASH_COMMAND"' ERR
+trap 'say "setup: ended the job with $? at: $BASH_COMMAND"' EXIT
+{lines}
+
+set +e -uo pipefail
+trap - ERR EXIT
+"""
 
 
 def directives(job: SlurmJob) -> Mapping[str, str]:
@@ -127,15 +150,21 @@ def _python(site: Site, job: SlurmJob) -> str:
     return shlex.join(python)
 
 
-def _srun(job: SlurmJob) -> list[str]:
-    """What every srun of the job gets."""
+def _cpus_of_an_engine(job: SlurmJob) -> int | None:
+    """Its part of what the node has for as many tasks as GPUs."""
+    each = job.site.cpus_per_task
+    return None if each is None else each * job.nodes.gpus_per_node // job.nodes.engines_per_node
+
+
+def _srun(job: SlurmJob, *, cpus: int | None) -> list[str]:
+    """What every srun of the job gets; `cpus` of each task."""
     site, arguments = job.site, []
     if site.mpi:
         arguments.append(f"--mpi={site.mpi}")
-    if site.cpus_per_task is None:
+    if cpus is None:
         arguments.append("--cpu-bind=none")  # Slurm would bind a rank and its workers to one core
     else:
-        arguments.append(f"--cpus-per-task={site.cpus_per_task}")
+        arguments.append(f"--cpus-per-task={cpus}")
     if site.image and site.runtime == "pyxis":
         arguments.append(f"--container-image={site.image}")
         if site.mounts:
@@ -151,18 +180,25 @@ def _engines(job: SlurmJob) -> str:
     if not nodes.engines:
         return ""
     gpus = nodes.gpus_per_engine
+    everything = " ".join(map(str, range(nodes.gpus_per_node)))
     return f"""\
-# An agent for each engine. They ignore USR1, and end with the job.
+# An agent for each engine, started again if it dies. They ignore USR1, and end with the job. Each
+# has its own of the GPUs that Slurm gave to the node, or of all where Slurm gives out none.
 rm -f "$run"/engines/engine*.json # of an earlier attempt
 # shellcheck disable=SC2016
 as_engine='trap "" USR1
-IFS=, read -ra gpus <<<"${{CUDA_VISIBLE_DEVICES:-}}"
-gpus=("${{gpus[@]:SLURM_LOCALID*{gpus}:{gpus}}}")
-[ ${{#gpus[@]}} -eq 0 ] || export CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${{gpus[*]}}")
-exec "$@" --name "engine$SLURM_PROCID"'
+{OPEN_FILES}IFS=, read -ra gpus <<<"${{CUDA_VISIBLE_DEVICES:-}}"
+[ ${{#gpus[@]}} -gt 0 ] || gpus=({everything})
+[ ${{#gpus[@]}} -le {gpus} ] || gpus=("${{gpus[@]:SLURM_LOCALID*{gpus}:{gpus}}}")
+export CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${{gpus[*]}}")
+until "$@" --name "engine$SLURM_PROCID"; do
+    echo "[megasd $(date +%FT%T)] the agent ended with $?: starting it again"
+    sleep 5
+done'
 srun --job-name=engines --relative={nodes.train} --nodes={nodes.serve} --ntasks={nodes.engines} \\
     --ntasks-per-node={nodes.engines_per_node} --kill-on-bad-exit=0 --wait=0 \\
-    --unbuffered --output="${{logs//%/%%}}/engine-%t.log" {shlex.join(_srun(job))} \\
+    --unbuffered --output="${{logs//%/%%}}/engine-%t.log" \\
+    {shlex.join(_srun(job, cpus=_cpus_of_an_engine(job)))} \\
     bash -c "$as_engine" megasd {_python(job.site, job)} megasd.rollout.vllm.host \\
     --listen :0 --folder "$run/engines" &
 """
