@@ -33,6 +33,7 @@ LINK_SECONDS = 15  # of one all-reduce, before the link is called broken
 REPEATS = 5
 REACHED = 0.4  # of the published bandwidth: less than this of a link is a fault
 SLOWER = 0.5  # than this share of the median node, where no expectation is known
+ACROSS = "to other nodes"
 PAYLOAD = {"cuda": 256 * 2**20, "cpu": 2**20}  # bytes of an all-reduce
 
 Measure = Callable[[Any, Sequence[int], torch.device], float]
@@ -47,7 +48,7 @@ class Node:
 
 
 def all_reduce_bandwidth(group: Any, ranks: Sequence[int], device: torch.device) -> float:
-    """Bytes per second that each rank moves in an all-reduce, as NCCL's tests count them.
+    """Bytes per second through the narrowest place of an all-reduce, as NCCL's tests count them.
 
     The median of a few; raises RuntimeError where the sum is wrong.
     """
@@ -92,7 +93,8 @@ def preflight(
     findings += differences(everyone)
     findings += _about_each_node(everyone)
     findings += _folder(own, everyone, folder)
-    within, across = expectations(own, expected_network)
+    ranks_per_node = min(len(node.ranks) for node in nodes)
+    within, across = expectations(own, expected_network, ranks_per_node)
     findings += _links(own, nodes, device, measure, within, across)
     return findings
 
@@ -206,21 +208,28 @@ def _appears(file: Path) -> bool:
 # ---- links -----------------------------------------------------------------------------------
 
 
-def expectations(own: Facts, network: float | None) -> tuple[float | None, float | None]:
+def expectations(
+    own: Facts, network: float | None, ranks_per_node: int
+) -> tuple[float | None, float | None]:
     """Bytes per second that an all-reduce must reach within a node, and between nodes.
 
-    None: not known, nodes are compared. CPUs must only work: their speed is a matter of what else
-    they run.
+    `network`: of one GPU to other nodes. What all ranks of a node exchange with the next one goes
+    through all of its adapters at once, and it is what the bandwidth of an all-reduce counts: the
+    bytes that pass the narrowest place, 2 (n - 1) / n of the payload. So a node reaches the sum of
+    its adapters, unless the links between its GPUs are slower. None: not known, nodes are compared.
+    CPUs must only work: their speed is a matter of what else they run.
     """
     if not own.gpus:
         return 0.0, (network or 0.0) * REACHED
-    words = own.gpus[0].name.split()
-    # Of boards without NVSwitch nothing is expected.
+    words = own.gpus[0].name.replace("-", " ").split()
+    # Of boards without NVSwitch nothing is expected: what they reach depends on their host.
     is_board = "PCIe" in words or "NVL" in words
     gpu = None if is_board else next((gpu for key, gpu in GPUS.items() if key in words), None)
-    within = None if gpu is None else gpu.nvlink_bandwidth * REACHED
-    network = network or (None if gpu is None else gpu.network_bandwidth)
-    return within, None if network is None else network * REACHED
+    within = None if gpu is None else gpu.nvlink_bandwidth
+    across = network or (None if gpu is None else gpu.network_bandwidth)
+    if across is not None and (gpu is not None or any(word.startswith("SXM") for word in words)):
+        across = min(across * ranks_per_node, within or float("inf"))
+    return within and within * REACHED, across and across * REACHED
 
 
 def _links(
@@ -243,7 +252,7 @@ def _links(
         for (a, b), speed in zip(pairs, _measured(own, groups, device, measure), strict=True):
             for node in (a, b):  # a good node has at least one good neighbour
                 best[node] = max(best.get(node, 0.0), speed)
-    return findings + slow_nodes(nodes, best, across, "to other nodes")
+    return findings + slow_nodes(nodes, best, across, ACROSS)
 
 
 def ring_rounds(count: int) -> list[list[tuple[int, int]]]:
@@ -294,15 +303,20 @@ def slow_nodes(
     limit = SLOWER * median if expected is None else expected
     compared = "the median" if expected is None else "expected"
     compared += f" is {(median if expected is None else expected) / GB:.2f}"
+    slow = {place: speed for place, speed in sorted(speeds.items()) if speed < limit or not speed}
+    remedy = "take the node out of the job"
+    if len(slow) == len(speeds) > 1 and all(slow.values()) and where == ACROSS:
+        remedy = (
+            "all are: mend their network, or say what it is in network_gb_per_second of the site"
+        )
     found = [
         Finding(
             "wrong",
             f"node {nodes[place].host}: all-reduce {where} "
             + (f"at {speed / GB:.2f} GB/s, {compared}" if speed else "fails or hangs")
-            + "; take the node out of the job",
+            + f"; {remedy}",
         )
-        for place, speed in sorted(speeds.items())
-        if speed < limit or not speed
+        for place, speed in slow.items()
     ]
     unsure = " (no expectation is known: nodes are compared)" if expected is None else ""
     return found or [Finding("ok", f"all-reduce {where}: {real[0] / GB:.2f} GB/s or more{unsure}")]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megasd import __version__
 from megasd.launch.checks import Nodes
-from megasd.launch.site import Site
+from megasd.launch.site import LEAD_SECONDS, Site
 from megasd.process.interrupt import EXIT_CODE
 
 TEMPLATE = "train.sbatch.in"
@@ -45,7 +45,7 @@ class SlurmJob:
 
 def render(job: SlurmJob) -> str:
     """The whole script; raises ValueError if bash cannot read it (a site's `setup`)."""
-    site = job.site
+    site, lead = job.site, job.site.signal_lead_seconds or LEAD_SECONDS
     values = {
         "DIRECTIVES": "\n".join(_directive(*item) for item in directives(job).items()),
         "SUMMARY": job.summary,
@@ -56,7 +56,7 @@ def render(job: SlurmJob) -> str:
         "ENVIRONMENT": "\n".join(
             f"export {key}={shlex.quote(value)}" for key, value in site.environment.items()
         ),
-        "PATIENCE": str(max(site.signal_lead_seconds - 30, site.signal_lead_seconds // 2)),
+        "PATIENCE": str(max(lead - 30, lead // 2)),
         "ENGINES": _engines(job),
         "OPEN_FILES": OPEN_FILES.strip(),
         "PREFLIGHT": "yes" if site.preflight else "",
@@ -114,7 +114,7 @@ def directives(job: SlurmJob) -> Mapping[str, str]:
         "exclusive": "" if site.exclusive else None,
         "mem": site.mem,
         "cpus-per-task": None if site.cpus_per_task is None else str(site.cpus_per_task),
-        "signal": f"B:USR1@{site.signal_lead_seconds}",
+        "signal": f"B:USR1@{site.signal_lead_seconds or LEAD_SECONDS}",
         "requeue": "",
         "dependency": "singleton",
         "kill-on-invalid-dep": "yes",

@@ -16,6 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from megasd.configuration import schema
 from megasd.configuration.load import COMMAND_LINE, escaped
 from megasd.configuration.written import read_yaml
+from megasd.planner.hardware import GPUS
+
+LEAD_SECONDS = 300  # the least lead that is chosen
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Site:
     ssh: str | None = None  # user@host with a Slurm that sees our folders; --via nemo-run only
     preflight: bool = True  # `megasd doctor --preflight` before the ranks, at every start
     network_gb_per_second: float | None = None  # of one GPU to other nodes; null: the published one
-    signal_lead_seconds: int = 300  # before the time limit: for the rest of a step and a save
+    gpu: str | None = None  # its kind, for the estimate of a step: H100, H200, B200
+    signal_lead_seconds: int | None = None  # before the limit, to stop and save; null: estimated
     grace_seconds: int = 60  # for the other ranks, after the first has ended
     max_requeues: int = 100  # of one job, for whatever reason
     max_crashes: int = 3  # one after the other, without a new checkpoint
@@ -113,8 +117,10 @@ def check_site(site: Site) -> list[str]:
             *(("gpus_per_node", 1), ("signal_lead_seconds", 1), ("grace_seconds", 1)),
             *(("max_requeues", 0), ("max_crashes", 1)),
         )
-        if (value := getattr(site, name)) < low
+        if (value := getattr(site, name)) is not None and value < low
     ]
+    if site.gpu is not None and site.gpu not in GPUS:
+        errors.append(f"gpu: {site.gpu!r} is not known; choose one of {', '.join(GPUS)}")
     network = site.network_gb_per_second
     if network is not None and not (math.isfinite(network) and network > 0):
         errors.append(f"network_gb_per_second: {network} is out of range; set it above 0")
@@ -124,13 +130,14 @@ def check_site(site: Site) -> list[str]:
         if not re.fullmatch(r"[A-Za-z_]\w*", key)
     ]
     limit = seconds(site.time)
+    lead = LEAD_SECONDS if site.signal_lead_seconds is None else site.signal_lead_seconds
     if limit is None:
         errors.append(f"time: {site.time} is not a time of Slurm's; write hours:minutes:seconds")
-    elif limit <= site.signal_lead_seconds + 60:
+    elif limit <= lead + 60:
         errors.append(
             f"time: the limit of {limit:.0f} s leaves nothing to train: the ranks are told to save "
-            f"signal_lead_seconds = {site.signal_lead_seconds} before it, and Slurm may be a "
-            "minute early; raise the limit or lower the lead"
+            f"signal_lead_seconds = {lead} before it, and Slurm may be a minute early; "
+            " raise the limit or lower the lead"
         )
     if site.mounts and not site.image:
         errors.append("mounts: there is no image to mount them into; give --image, or leave them")

@@ -1,6 +1,8 @@
 """`megasd submit`: everything is checked before a job is in the queue."""
 
 import argparse
+import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -8,14 +10,31 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from megasd.configuration.load import COMMAND_LINE, ConfigError, Loaded, read_config, to_yaml
+from megasd.configuration.load import (
+    COMMAND_LINE,
+    Config,
+    ConfigError,
+    Loaded,
+    read_config,
+    to_yaml,
+)
 from megasd.configuration.resume import read_resumed
 from megasd.configuration.validate import run_folder
-from megasd.launch.checks import Nodes, check_job, nodes_for
+from megasd.launch.checks import Nodes, check_job, nodes_for, on_gpus
 from megasd.launch.nemo import submit_with_nemo_run
 from megasd.launch.render import CONFIG, SCRIPT, SlurmJob, render
-from megasd.launch.site import read_site
+from megasd.launch.site import Site, read_site
+from megasd.launch.timing import check_times, choose_lead, estimate
 from megasd.metrics.run_folder import CONFIG_FILE
+from megasd.process.errors import TryAgainError
+
+ANSWER_SECONDS = 120  # Slurm's own limit of a message is 10 by default, and it tries again
+# As Slurm says that it did not get through to its controller, which passes.
+AWAY = re.compile(
+    r"contact slurm controller|Connection (refused|timed out|reset)|Socket timed out"
+    r"|Communication|Zero Bytes were transmitted|temporarily un(able|available)|controller .* busy",
+    re.IGNORECASE,
+)
 
 
 def submit(path: str | None, overrides: Sequence[str], flags: argparse.Namespace) -> None:
@@ -32,6 +51,9 @@ def submit(path: str | None, overrides: Sequence[str], flags: argparse.Namespace
         raise ConfigError(errors)
     config = loaded.config
     nodes = nodes_for(config, flags.nodes, site)
+    site, warnings = _in_time(on_gpus(loaded).config or config, nodes, site)
+    for warning in warnings:
+        print(f"megasd: warning: {warning}", file=sys.stderr)
     job = SlurmJob(
         run=run_folder(config).absolute(),
         submission=_next_submission(run_folder(config).absolute()),
@@ -69,6 +91,16 @@ def _read(path: str, overrides: Sequence[str]) -> tuple[Loaded, bool]:
     return read_resumed(folder, path, overrides), False
 
 
+def _in_time(config: Config, nodes: Nodes, site: Site) -> tuple[Site, list[str]]:
+    """The site with its lead chosen, and what may not be done in time; ConfigError: never."""
+    timing = estimate(config, nodes, site.gpu)
+    site = dataclasses.replace(site, signal_lead_seconds=choose_lead(timing, site))
+    errors, warnings = check_times(timing, config, site) if timing else ([], [])
+    if errors:
+        raise ConfigError(errors)
+    return site, warnings
+
+
 def _next_submission(run: Path) -> Path:
     folders = (run / "submissions" / f"{number:03d}" for number in count(1))
     return next(folder for folder in folders if not folder.exists())
@@ -99,20 +131,42 @@ def write(job: SlurmJob, script: str, config: str) -> None:
 
 
 def sbatch(job: SlurmJob, chain: int) -> list[str]:
-    """The ids of the jobs."""
-    submit = ("sbatch", "--parsable", str(job.submission / SCRIPT))
-    return [_slurm(*submit).partition(";")[0] for _ in range(chain)]
+    """The ids of the jobs; what fails midway names those that are in the queue already."""
+    ids: list[str] = []
+    for _ in range(chain):
+        try:
+            said = _slurm("sbatch", "--parsable", str(job.submission / SCRIPT))
+        except (ConfigError, TryAgainError) as error:
+            if not ids:
+                raise
+            queued = f"{error}; in the queue already, of this chain: {' '.join(ids)}"
+            raise (
+                ConfigError([queued]) if isinstance(error, ConfigError) else TryAgainError(queued)
+            ) from error
+        ids.append(said.partition(";")[0])
+    return ids
 
 
 def _slurm(*command: str, script: str | None = None) -> str:
-    """What it prints; ConfigError with Slurm's own words if it refuses."""
+    """What it prints; ConfigError with Slurm's own words if it refuses, TryAgainError where its
+    controller is away."""
+    shown = shlex.join(command)
     try:
-        done = subprocess.run(command, input=script, capture_output=True, text=True)
+        done = subprocess.run(
+            command, input=script, capture_output=True, text=True, timeout=ANSWER_SECONDS
+        )
     except FileNotFoundError:
         raise ConfigError(
             [f"{command[0]}: not found; submit where Slurm is, or print the script with --dry-run"]
         ) from None
+    except subprocess.TimeoutExpired:
+        raise TryAgainError(
+            f"{shown}: no answer in {ANSWER_SECONDS} seconds; Slurm may have taken the job all the "
+            "same: look at squeue --me, then submit again"
+        ) from None
     if done.returncode:
         said = done.stderr.strip().replace("\n", "; ")
-        raise ConfigError([f"{shlex.join(command)}: {said}; change what the job asks for"])
+        if AWAY.search(said):
+            raise TryAgainError(f"{shown}: {said}; submit again when Slurm answers")
+        raise ConfigError([f"{shown}: {said}; change what the job asks for"])
     return done.stdout.strip()

@@ -13,7 +13,8 @@ from megasd.planner.presets import SIZES
 
 if TYPE_CHECKING:
     from megasd.configuration.load import Config
-    from megasd.planner.hardware import Assumptions
+    from megasd.planner.hardware import Assumptions, Machine
+    from megasd.planner.memory import Scenario
     from megasd.planner.model import Model
     from megasd.planner.report import Plan
 
@@ -67,7 +68,7 @@ def make_plan(
     from megasd.configuration.load import COMMAND_LINE, ConfigError, load_config
     from megasd.planner.duration import duration
     from megasd.planner.hardware import parse_gpus
-    from megasd.planner.memory import Scenario, memory
+    from megasd.planner.memory import memory
     from megasd.planner.report import Plan
     from megasd.planner.search import best_layouts, faults
 
@@ -79,21 +80,31 @@ def make_plan(
         overrides.append(f"model.path=Qwen3-{model}")
     machine, assumed = parse_gpus(gpus), read_assumptions(assume)
     config = load_config(path, overrides)
-    policy, notes = read_model(config.model.path, "model.path")
-    teacher, more = _teacher_model(config)
-    scenario = Scenario(
-        config=config, model=policy, machine=machine, assumed=assumed, teacher_model=teacher
-    )
+    scenario, notes = scenario_of(config, machine, assumed)
     found = faults(scenario)
     held = None if found else memory(scenario)
     return Plan(
         scenario=scenario,
-        notes=notes + more,
+        notes=notes,
         faults=found,
         memory=held,
         duration=None if held is None else duration(scenario, held),
         layouts=best_layouts(scenario) if suggest else [],
     )
+
+
+def scenario_of(
+    config: "Config", machine: "Machine", assumed: "Assumptions"
+) -> tuple["Scenario", list[str]]:
+    """What a plan is made of, and notes on where its models come from."""
+    from megasd.planner.memory import Scenario
+
+    policy, notes = read_model(config.model.path, "model.path")
+    teacher, more = _teacher_model(config)
+    scenario = Scenario(
+        config=config, model=policy, machine=machine, assumed=assumed, teacher_model=teacher
+    )
+    return scenario, notes + more
 
 
 def read_model(path: str, key: str) -> tuple["Model", list[str]]:

@@ -19,7 +19,7 @@ class VLLMConfig:
     gpu_memory_utilization: float = 0.6  # share of a GPU's memory for weights and cache
     kv_cache_gib: float | None = None  # of one GPU, or of the CPU (null there: 1)
     max_sequences: int = 256  # decoded at the same time by one engine
-    start_timeout_seconds: int = 900
+    start_timeout_seconds: int = 1800  # large models with cold caches compile for long
     timeout_seconds: int = 600  # without a sign of life from an engine, before it is replaced
     options: dict[str, Any] = field(default_factory=dict)  # passed to vLLM's LLM as they are
 

@@ -182,9 +182,47 @@ def test_a_bandwidth_is_expected_of_the_gpus_that_the_planner_knows(
     name: str, within: float | None
 ) -> None:
     own = machine(dataclasses.replace(GOOD, name=name))
-    assert preflight.expectations(own, None) == (within, within and 20e9)
-    assert preflight.expectations(own, 100e9) == (within, 40e9)
-    assert preflight.expectations(Facts(), None) == (0, 0)
+    assert preflight.expectations(own, None, 1) == (within, within and 20e9)
+    assert preflight.expectations(own, 100e9, 1) == (within, 40e9)
+    assert preflight.expectations(Facts(), None, 1) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", None, 160e9),  # 40% of 8 x 50 GB/s
+        ("NVIDIA H100 80GB HBM3", 25e9, 80e9),
+        ("NVIDIA H100 80GB HBM3", 100e9, 180e9),  # NVLink is the narrowest place
+        ("NVIDIA A100-SXM4-80GB", 25e9, 80e9),
+        ("NVIDIA H100 PCIe", 50e9, 20e9),  # its host may be the narrowest place
+    ],
+)
+def test_a_node_reaches_other_nodes_through_all_of_its_adapters(
+    name: str, network: float | None, expected: float
+) -> None:
+    own = machine(dataclasses.replace(GOOD, name=name))
+    assert preflight.expectations(own, network, 8)[1] == pytest.approx(expected)
+
+
+def test_a_node_with_one_adapter_of_eight_is_named_and_one_with_seven_is_not() -> None:
+    """As an all-reduce measures it: what leaves the node, over the time that its adapters take."""
+    nodes = [preflight.Node(host=f"n{i}", ranks=[*range(8 * i, 8 * i + 8)]) for i in range(3)]
+    own = machine(dataclasses.replace(GOOD, name="NVIDIA H100 80GB HBM3"))
+    payload, n, adapter = 256 * 2**20, 16, 0.9 * 50e9
+    speeds = {}
+    for place, adapters in enumerate((8, 1, 7)):
+        leaves = 2 * (n - 1) / n * payload  # in a ring, by all of its channels together
+        seconds = leaves / (adapters * adapter)
+        speeds[place] = 2 * (n - 1) / n * payload / seconds
+    expected = preflight.expectations(own, None, 8)[1]
+    (said,) = wrong(preflight.slow_nodes(nodes, speeds, expected, "to other nodes"))
+    assert said.startswith("node n1: all-reduce to other nodes at 45.00 GB/s, expected is 160.00")
+    assert said.endswith("take the node out of the job")
+    every = wrong(
+        preflight.slow_nodes(nodes, dict.fromkeys(range(3), 9e9), expected, preflight.ACROSS)
+    )
+    assert len(every) == 3
+    assert all("network_gb_per_second" in sentence for sentence in every)
 
 
 def test_without_an_expectation_nodes_are_compared_with_each_other() -> None:

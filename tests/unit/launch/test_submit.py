@@ -1,5 +1,6 @@
 """`megasd submit` without Slurm: what it refuses, and the script that it would submit."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from megasd.cli import main
 from megasd.configuration.load import load_config, to_yaml
 from megasd.launch.site import Site, check_site, seconds
+from megasd.launch.timing import Timing
 from megasd.metrics.run_folder import CONFIG_FILE
 from tests.unit.workspace import make_model, make_workspace, write
 
@@ -214,6 +216,66 @@ def test_slurm_is_only_needed_to_submit(
     monkeypatch.setenv("PATH", str(Path("bin").absolute()))
     (said,) = refusals(capsys)
     assert said.startswith("sbatch: not found")
+
+
+def test_a_lead_is_chosen_and_what_does_not_fit_the_limit_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = Timing(gpu="H100", step=600, shortest_step=90, longest_work=500, save=100)
+    monkeypatch.setattr("megasd.launch.submit.estimate", lambda config, nodes, gpu: timing)
+    assert main(["submit", "config.yaml", "--dry-run", "checkpoint.every=1"]) == 0
+    printed = capsys.readouterr()
+    assert "#SBATCH --signal=B:USR1@660" in printed.out
+    assert "until=$((SECONDS + 630))" in printed.out
+    assert printed.err == ""
+    write("site.yaml", "signal_lead_seconds: 90\n")
+    assert main(["submit", "config.yaml", "--dry-run", "--site=site.yaml"]) == 0
+    printed = capsys.readouterr()
+    assert "#SBATCH --signal=B:USR1@90" in printed.out
+    assert "megasd: warning: signal_lead_seconds: 90 s before" in printed.err
+    (said,) = refusals(capsys, "--dry-run", "--site=site.yaml", "--time=2:50")
+    assert said.startswith("time: the limit of 170 s ends before a first step does")
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "fragment"),
+    [
+        ("Unable to contact slurm controller (connect failure)", 1, "submit again when Slurm"),
+        ("Socket timed out on send/recv operation", 1, "submit again when Slurm answers"),
+        ("Invalid account or account/partition combination specified", 2, "change what the job"),
+    ],
+)
+def test_a_scheduler_that_is_away_is_trouble_that_may_pass(
+    says: str,
+    code: int,
+    fragment: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first job of the chain is in the queue then, and named."""
+    sbatch = '[ "$1" = --test-only ] || { [ ! -e queued ] && touch queued && echo 41; } || '
+    _put_sbatch(sbatch + f'{{ echo "sbatch: error: {says}" >&2; exit 1; }}', monkeypatch)
+    assert main(["submit", "config.yaml", "--chain=2"]) == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert fragment in said
+    assert "in the queue already, of this chain: 41" in said
+
+
+def test_a_scheduler_that_hangs_is_not_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megasd.launch.submit.ANSWER_SECONDS", 0.1)
+    _put_sbatch("exec sleep 60", monkeypatch)
+    assert main(["submit", "config.yaml"]) == 1
+    assert "no answer in 0.1 seconds" in capsys.readouterr().err
+
+
+def _put_sbatch(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("bin").mkdir()
+    write("bin/sbatch", f"#!/bin/bash\n{body}\n")
+    Path("bin/sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').absolute()}:{os.environ['PATH']}")
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SITES.glob("*.yaml")))
