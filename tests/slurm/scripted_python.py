@@ -2,8 +2,8 @@
 """Stands in for the interpreter of a job: notes how it was started, and ends as it is told.
 
 RECORD is a folder for the notes; BEHAVIOUR has a word for each start of the job: an exit code,
-`wait` (until SIGUSR1, then 85), `hang` (for ever), `save,CODE` (leaves a checkpoint first),
-`alone,CODE` (the other ranks hang), or `watched,CODE` (leaves the summary of a hang first).
+`wait` (until SIGUSR1 or SIGTERM, then 85), `hang` (until SIGKILL), `save,CODE` (leaves a checkpoint
+first), `alone,CODE` (the other ranks hang), or `watched,CODE` (leaves the summary of a hang first).
 PREFLIGHT has such words for the preflight: `0`, `hang`, or `wrong` (names the node of rank 0).
 """
 
@@ -30,7 +30,7 @@ def behave(behaviour: str, run: Path) -> int:
     if "alone" in before and RANK:
         word = "hang"
     if word == "wait":
-        while signal.SIGUSR1 not in signal.sigpending():
+        while not signal.sigpending() & {signal.SIGUSR1, signal.SIGTERM}:
             time.sleep(0.02)
         return 85
     while word == "hang":
@@ -59,7 +59,7 @@ def main() -> int:
     if "doctor" in sys.argv:
         take_note("preflight")
         return behave(os.environ["PREFLIGHT"], Path(sys.argv[-1]))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     take_note("rank")
     config = Path(sys.argv[4])

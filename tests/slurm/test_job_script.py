@@ -116,6 +116,17 @@ def test_a_job_whose_nodes_are_wanted_saves_goes_back_to_the_queue_and_resumes(
         assert note["arguments"][-2:] == ["--resume", str(place.run)]
 
 
+def test_ranks_that_get_term_alone_save_and_the_job_goes_back_to_the_queue(
+    slurm: VirtualSlurm, place: Workplace
+) -> None:
+    """As Slurm sends it at the beginning of a preemption's grace."""
+    (job,) = place.submit("wait 0")
+    slurm.until(lambda: len(place.notes(job, 0)) == 2, "two ranks")
+    slurm.run("scancel", "--signal=TERM", job)
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), place.log(job)
+
+
 def test_ranks_that_do_not_save_in_time_are_ended_before_the_limit_and_start_again(
     slurm: VirtualSlurm, place: Workplace
 ) -> None:

@@ -17,6 +17,7 @@ while [ "$1" != bash ]; do
     shift
 done
 worst=0
+export JOB=$PPID
 for ((i = 0; i < n; i++)); do
     SLURM_PROCID=$i SLURM_LOCALID=$((i % per)) SLURM_NTASKS=$n "$@" &
     tasks+=($!)
@@ -51,6 +52,7 @@ said="${CUDA_VISIBLE_DEVICES-none} $(ulimit -Sn) ${FROM_SETUP-none}"
 echo "$said $TORCH_FR_DUMP_TEMP_FILE" >>"$who"
 if [ "$who" = "rank$RANK" ]; then
     until [ "$(cat engine* 2>/dev/null | wc -l)" -ge "${STARTS-0}" ]; do /bin/sleep 0.02; done
+    [ -z "${CANCELLED-}" ] || kill -TERM "$JOB"
     exit "$(cat code)"
 fi
 [ "$(wc -l <"$who")" = 2 ]
@@ -135,6 +137,26 @@ def test_a_job_that_is_cancelled_is_not_requeued(
     assert (job.code, len(called("squeue"))) == (143, 1), job.log
     assert "no requeue" in job.log
     assert "requeue 7" not in called("scontrol")
+
+
+def test_a_cancelled_job_whose_ranks_save_in_time_stays_cancelled(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Slurm sends TERM to all; its queue may be late to know."""
+    write("code", "85")
+    write("squeue.answers", "RUNNING\n" * 9)
+    job = Job(capsys, CANCELLED="yes")
+    assert "the ranks ended with 85 after TERM" in job.log
+    assert (job.code, "requeue 7" in called("scontrol")) == (143, False), job.log
+
+
+def test_a_run_that_a_person_stopped_is_not_started_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write("code", "130")
+    job = Job(capsys)
+    assert (job.code, called("squeue")) == (130, []), job.log
+    assert "submit again to go on" in job.log
 
 
 def test_every_engine_of_a_node_has_gpus_of_its_own_whatever_slurm_sets(
