@@ -131,8 +131,14 @@ class Reads:
     samples: int = 0  # or as many ids drawn from the distribution -> Scores.support
     seed: tuple[int, ...] = (0,)  # of the samples
     support: Support | None = None  # or the log-probs at these ids -> Scores.support
-    cross_entropy: bool = False  # of what is read here, under the teacher that `support` is of
+    cross_entropy: bool = False  # instead: of these, under the teacher that `support` is of
     hidden: bool = False  # final hidden states -> Scores.hidden
+
+    @property
+    def leaves_rows(self) -> bool:
+        """Whether the ranks keep rows of their own tokens, which only an index finds."""
+        support = self.support is not None and not self.cross_entropy
+        return bool(self.top_k or self.samples or support or self.hidden)
 
 
 class Scores(NamedTuple):

@@ -322,7 +322,7 @@ def on_long_sums(seeds: Sequence[int], variants: dict[str, list[str]]) -> Table:
                 count_signs=method.startswith("dasd"),
             )
             row = {"method": method, "seed": seed, **before_and_after(run)}
-            row["entropy, last steps"] = statistics.fmean(values(run, "policy/entropy")[-WINDOW:])
+            row["entropy, last steps"] = statistics.fmean(values(run, "update/entropy")[-WINDOW:])
             row["tokens, last steps"] = statistics.fmean(
                 values(run, "rollout/response_length")[-WINDOW:]
             )

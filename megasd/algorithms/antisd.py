@@ -5,9 +5,9 @@ than the student did is pushed down, deliberation that it finds needless is held
 watches the teacher's entropy and takes the term away where that collapses.
 
 Decided here, where the paper leaves it open: H_ref is the median over all tokens with context of
-all warm-up batches together (of an even count, the mean of the middle two), and they are kept
-until then, in checkpoints too; the gate moves before a batch is given its credit; a batch without
-any context leaves it as it is, and a warm-up that saw none goes on until one comes.
+all warm-up batches together, rounded to 12 bits, so that values are counted and no token is kept;
+the gate moves before a batch is given its credit; a batch without any context leaves it as it is,
+and a warm-up that saw none goes on until one comes.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from torch import Tensor
 from megasd.algorithms.base import Needs
 from megasd.algorithms.families import PolicyGradient
 from megasd.losses.credit import one_path, per_token
+from megasd.losses.median import add_to_counts, median
 from megasd.types import Credit, PerToken, ResponseBatch, RolloutMask
 
 
@@ -80,13 +81,15 @@ class AntiSD(PolicyGradient):
     def _gate(self, batch: ResponseBatch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The memory after this batch, and what to log: `gate` is 1 where the term is on."""
         entropies, memory = _teacher_entropies(batch), batch.memory
-        metrics = {"teacher_entropy": _median(entropies)} if len(entropies) else {}
+        metrics = {"teacher_entropy": median(entropies)} if len(entropies) else {}
         if "reference_entropy" not in memory:
-            before = memory.get("warmup_entropies", entropies[:0])
-            entropies = torch.cat([before, entropies])
-            if step + 1 < self.warmup_steps or not len(entropies):
-                return {"warmup_entropies": entropies}, {**metrics, "gate": 0.0}
-            return _memory(_median(entropies), is_on=True), {**metrics, "gate": 0.0}
+            values = memory.get("warmup_entropies", entropies[:0])
+            counts = memory.get("warmup_counts", torch.ones_like(values, dtype=torch.int64))
+            values, counts = add_to_counts(values, counts, entropies)
+            metrics["gate"] = 0.0
+            if step + 1 < self.warmup_steps or not len(values):
+                return {"warmup_entropies": values, "warmup_counts": counts}, metrics
+            return _memory(median(values, counts), is_on=True), metrics
         reference, is_on = memory["reference_entropy"].item(), bool(memory["is_on"])
         if len(entropies):
             is_on = metrics["teacher_entropy"] >= (self.off_below if is_on else 1.0) * reference
@@ -108,11 +111,6 @@ def _teacher_entropies(batch: ResponseBatch) -> PerToken:
     entropy = batch.teachers["teacher"].entropy
     assert entropy is not None  # promised by the loop, as `needs` says
     return entropy[batch.response_mask & batch.has_context()[batch.rollout_ids]]
-
-
-def _median(values: PerToken) -> float:
-    ascending = values.double().sort().values
-    return (ascending[(len(values) - 1) // 2] + ascending[len(values) // 2]).item() / 2
 
 
 def _centred_softplus(x: PerToken) -> PerToken:

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 from megasd.policy.megatron.fixes import unshare_step
@@ -34,7 +35,6 @@ def sharded_state(policy: Policy, *, loading: bool, random_states: bool = True) 
         "optimizer": policy.state.optimizer.sharded_state_dict(
             model, is_loading=loading, metadata=_METADATA
         ),
-        "scheduler": policy.state.scheduler.state_dict(),
         "hf_config": dict(policy.hf_config),
         "world_size": dist.get_world_size(),
         "version": policy.version,
@@ -89,15 +89,29 @@ def restore_state(policy: Policy, state: dict[str, Any]) -> None:
             f"the checkpoint is of another model: missing {missing}, "
             f"unexpected {incompatible.unexpected_keys}"
         )
-    policy.state.optimizer.load_state_dict(state["optimizer"])
-    unshare_step(policy.state.optimizer)
+    _load_optimizer(policy.state.optimizer, state["optimizer"])
     for name, tensor in policy.teacher.tensors.items():
         tensor.copy_(state["teacher"][name])
-    policy.state.scheduler.load_state_dict(state["scheduler"])
     policy.version = state["version"]
     policy.skipped_steps = state["skipped_steps"]
     if "random" in state:
         set_random_state(state["random"])
+
+
+def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, Any]) -> None:
+    """Moments, master weights and their step; what comes from the configuration stays this run's.
+
+    Megatron keeps rates, betas, eps and decay of each group with the state, and takes them from
+    there.
+    """
+    configured = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
+    unshare_step(optimizer)
 
 
 def random_state() -> dict[str, Any]:

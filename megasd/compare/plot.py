@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 PANELS = {
     "held-out accuracy": "evaluation/accuracy",
     "held-out response length (tokens)": "evaluation/response_length",
-    "policy entropy (nats per token)": "policy/entropy",
+    "entropy of the tokens it learns from (nats)": "update/entropy",
 }
 
 

@@ -31,7 +31,7 @@ class RunResult:
     accuracy: float
     steps_to_threshold: float  # infinity: never; as fine as evaluation.every
     response_length: float  # of held-out responses at the end, tokens
-    entropy: float  # nats per sampled token, over the last tenth of the steps
+    entropy: float  # nats per token that it learnt from, over the last tenth of the steps
     leakage: float | None  # of held-out responses at the end; None: no patterns
     seconds: float  # of the steps, evaluation and start-up left out
 
@@ -138,7 +138,7 @@ def _read(run: Run, threshold: float) -> RunResult:
         accuracy=_number(last.get("evaluation/accuracy")),
         steps_to_threshold=next(reached, math.inf),
         response_length=_number(last.get("evaluation/response_length")),
-        entropy=_mean([row.get("policy/entropy") for row in late]),
+        entropy=_mean([row.get("update/entropy") for row in late]),
         leakage=last.get("evaluation/leakage"),
         seconds=sum(row.get("time/step", 0.0) - row.get("time/evaluation", 0.0) for row in rows),
     )

@@ -15,7 +15,7 @@ from megasd.loop.experience import Experience
 from megasd.types import Credit, ResponseBatch, TokenIndex
 
 if TYPE_CHECKING:
-    from megasd.policy.update import UpdateResult
+    from megasd.policy.update import UpdateOutcome, UpdateResult
 
 SHOWN_ROLLOUTS = 3  # that the sentence names; summary.json has all
 
@@ -57,7 +57,7 @@ class Diagnostics:
         Raises ValueError with one sentence on every rank, once rank 0 has written
         RUN/diagnostics/step_NNNNNN (docs/records.md says what is in it), or has failed to.
         """
-        counts = running_counts(self._in_a_row, [update.skipped for update in updates])
+        counts = running_counts(self._in_a_row, [update.outcome for update in updates])
         self._in_a_row = counts[-1]
         if not 0 < self._limit <= max(counts):
             return
@@ -90,7 +90,7 @@ class Diagnostics:
             "step": step,
             "skipped_in_a_row": self._limit,
             "not_finite": causes,
-            "updates": [{"skipped": u.skipped, **_plain(u.metrics)} for u in updates],
+            "updates": [{"outcome": u.outcome, **_plain(u.metrics)} for u in updates],
             "tensors": {name: one._asdict() for name, one in found.items()},
             "gradients": gradients,
         }
@@ -109,10 +109,16 @@ class Diagnostics:
         )
 
 
-def running_counts(before: int, skipped: Sequence[bool]) -> list[int]:
-    """After each optimizer step, how many in a row were skipped; `before` the first: so many."""
-    counts = accumulate(skipped, lambda count, skips: count + 1 if skips else 0, initial=before)
-    return list(counts)[1:]
+def running_counts(before: int, outcomes: "Sequence[UpdateOutcome]") -> list[int]:
+    """After each update, how many in a row were skipped; `before` the first: so many.
+
+    One that had nothing to learn says nothing of it.
+    """
+
+    def count(so_far: int, outcome: "UpdateOutcome") -> int:
+        return {"skipped": so_far + 1, "stepped": 0, "empty": so_far}[outcome]
+
+    return list(accumulate(outcomes, count, initial=before))[1:]
 
 
 def tensors_by_name(

@@ -80,15 +80,18 @@ SIGNS = (
             "the chat template and the end-of-sequence ids of model.path"
         ),
     ),
-    Sign(
-        name="teacher_agrees",
-        needs="teacher/gap_max",
-        shows=lambda values: values["teacher/gap_max"] < SAME_LOGPROB,
-        what="the teacher gave every token the student's own log-prob",
-        cause=lambda _: (
-            "its context is probably not what it should be; look at context.sources and "
-            "context.template, and whether data.max_prompt_tokens leaves room for the context"
-        ),
+    *(  # of whichever tokens it was measured on
+        Sign(
+            name="teacher_agrees",
+            needs=gap,
+            shows=lambda values, gap=gap: values[gap] < SAME_LOGPROB,
+            what="the teacher gave every token the student's own log-prob",
+            cause=lambda _: (
+                "its context is probably not what it should be; look at context.sources and "
+                "context.template, and whether data.max_prompt_tokens leaves room for the context"
+            ),
+        )
+        for gap in ("teacher/gap_max", "update/teacher/gap_max")
     ),
 )
 

@@ -13,7 +13,17 @@ from megasd.loop.experience import Experience
 from megasd.losses.config import MismatchConfig
 from megasd.losses.mismatch import mismatch_metrics
 from megasd.losses.teacher import teacher_metrics
-from megasd.types import Credit, Reads, ResponseBatch, Rollout, Scores, TeacherScores, View
+from megasd.types import (
+    Credit,
+    PerToken,
+    Reads,
+    ResponseBatch,
+    Rollout,
+    Scores,
+    TeacherScores,
+    TokenMask,
+    View,
+)
 
 if TYPE_CHECKING:
     from megasd.policy.policy import Policy
@@ -236,21 +246,30 @@ def step_metrics(
 ) -> dict[str, float]:
     """What a step measured: sampling, its optimizer steps' means, teachers, train/rollout mismatch.
 
-    Where the old log-probs were not scored apart, they are those of the first update's forward.
+    A name means one population. What a scoring pass read is of all response tokens of the batch;
+    where the old policy was read by the update's own forward alone, of the tokens that the update
+    learns from, and stands under update/ like everything that is of those.
     """
-    first = updates[0]
-    if batch.old_logprobs is None:
-        old, entropy, read = first.logprobs, first.entropy, first.read
-    else:
-        old, entropy, read = batch.old_logprobs, batch.entropy, batch.response_mask
-    assert entropy is not None
     metrics = dict(experience.metrics)
     for name in {name: None for update in updates for name in update.metrics}:
         known = [update.metrics[name] for update in updates if name in update.metrics]
         metrics[f"update/{name}"] = float(np.mean(known))
-    metrics["update/skipped"] = float(sum(update.skipped for update in updates))
-    if read.any():
-        metrics["policy/entropy"] = float(entropy[read].double().mean())
+    metrics["update/skipped"] = float(sum(u.outcome == "skipped" for u in updates))
+    metrics["update/empty_minibatches"] = float(sum(u.outcome == "empty" for u in updates))
+    if batch.old_logprobs is not None:
+        assert batch.entropy is not None, "read in the same pass"
+        metrics["policy/entropy"] = float(batch.entropy[batch.response_mask].double().mean())
+        return metrics | _distances(batch, batch.old_logprobs, batch.response_mask)
+    first = updates[0]
+    if first.logprobs is None or first.read is None:  # nothing to learn
+        return metrics
+    found = _distances(batch, first.logprobs, first.read)
+    return metrics | {f"update/{name}": value for name, value in found.items()}
+
+
+def _distances(batch: ResponseBatch, old: PerToken, read: TokenMask) -> dict[str, float]:
+    """Of teachers and of the engine from the old policy, over the tokens that are `read`."""
+    metrics = {}
     for role, teacher in batch.teachers.items():
         is_scored = read & teacher.has_context[batch.rollout_ids]
         measured = teacher_metrics(teacher.logprobs - old, is_scored)

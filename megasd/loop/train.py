@@ -66,7 +66,7 @@ def train(job: Job) -> bool:
                 policy.update(views, offsets, batch, credit, algorithm, minibatch=minibatch)
                 for minibatch in range(job.minibatches)
             ]
-            policy.teacher.after_batch(step, updated=not all(u.skipped for u in updates))
+            policy.teacher.after_batch(step, updated=any(u.outcome == "stepped" for u in updates))
 
         values |= scored | job.engines.metrics() | step_metrics(experience, batch, updates)
         values |= job.health.watch(step, values)

@@ -18,7 +18,7 @@ SHOWN = {  # label -> metric; a step shows those that it has
     "loss": "update/loss",
     "reward": "reward/mean",
     "accuracy": "reward/accuracy",
-    "entropy": "policy/entropy",
+    "entropy": "update/entropy",
     "grad norm": "update/grad_norm",
     "tokens/s": "speed/tokens_per_second",
 }

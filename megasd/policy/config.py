@@ -51,9 +51,9 @@ class OptimizerConfig:
     """`optimizer:` AdamW, its schedule, and how a batch becomes optimizer steps."""
 
     lr: float = 1e-6
-    min_lr: float = 0.0  # where cosine and linear end
+    min_lr: float = 0.0  # where cosine and linear lead: one step after the last
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after `warmup_steps`
-    warmup_steps: int = 0  # optimizer steps from 0 to lr
+    warmup_steps: int = 0  # optimizer steps; the k-th is at lr k / warmup_steps
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01

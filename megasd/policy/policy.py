@@ -1,6 +1,7 @@
 """The policy that the loop sees: score, update, teacher, weights. Rooms behind it do the work."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from megasd.losses.config import MismatchConfig
 from megasd.policy.backend import Backend
 from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megasd.policy.load import load_model
-from megasd.policy.megatron.build import build_optimizer, build_scheduler, start_parallel, wrap
+from megasd.policy.megatron.build import build_optimizer, start_parallel, wrap
+from megasd.policy.schedule import learning_rate
 from megasd.policy.score import score
 from megasd.policy.sequences import assign_owners
 from megasd.policy.state import ModelState, PolicyState
@@ -71,7 +73,6 @@ class Policy:
             vocab_size=self.hf_config["vocab_size"],
             ddp=ddp,
             optimizer=built,
-            scheduler=build_scheduler(built, optimizer, total_steps),
             **limits,
         )
         self.teacher = TeacherWeights(teacher, self.parameters)
@@ -82,7 +83,8 @@ class Policy:
         self._other_model = (
             self._load_other(teacher, model, limits) if teacher.weights == "checkpoint" else None
         )
-        self.version = 0  # optimizer steps that changed the weights
+        self._learning_rate = partial(learning_rate, optimizer, total_steps=total_steps)
+        self.version = 0  # optimizer steps that changed the weights: the place in the schedule
         self.skipped_steps = 0  # optimizer steps whose loss or gradient was not finite
 
     def _load_other(
@@ -171,9 +173,10 @@ class Policy:
             minibatch=minibatch,
             temperature=self.temperature,
             mismatch=self.mismatch,
+            lr=self._learning_rate(self.version + 1),
         )
         self.skipped_steps += result.skipped
-        self.version += not result.skipped
+        self.version += result.outcome == "stepped"
         return result
 
     def weight_buckets(self, *, whole: bool = False) -> Iterator[Bucket]:

@@ -16,6 +16,7 @@ from megasd.losses.divergence import cross_entropy
 from megasd.policy import forward
 from megasd.policy.sequences import Microbatch, pack
 from megasd.policy.state import ModelState
+from megasd.policy.uniforms import uniforms
 from megasd.types import PerToken, Reads, Scores, Support, TeacherHidden, View
 
 
@@ -59,16 +60,17 @@ class _Reading:
         self, state: ModelState, reads: Reads, num_tokens: int, temperature: float
     ) -> None:
         self.state, self.reads, self.temperature = state, reads, temperature
+        # A tensor each, and only of what is asked for: whoever keeps one keeps no other.
+        asked = ["logprobs", "entropy", *(["cross_entropy"] if reads.cross_entropy else [])]
         device = state.device
-        self.values = torch.zeros(3, num_tokens, dtype=torch.float32, device=device)
-        self.index = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
+        self.values = {
+            n: torch.zeros(num_tokens, dtype=torch.float32, device=device) for n in asked
+        }
+        self.index = None
+        if reads.leaves_rows:
+            self.index = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
         self.rows: dict[str, list[Tensor]] = {"ids": [], "logprobs": [], "hidden": []}
         self.num_rows = 0
-        if reads.samples:
-            # One stream over response space: the draws are the same however the batch is cut.
-            words = np.random.SeedSequence(reads.seed).generate_state(2)
-            generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-            self.uniforms = torch.rand(num_tokens, reads.samples, generator=generator)
 
     def read(self, hidden: Tensor, microbatch: Microbatch) -> None:
         """Called on the last stage with the final hidden states of a micro-batch."""
@@ -83,19 +85,22 @@ class _Reading:
             top_k=reads.top_k,
         )
         if state.layout.speaks:
-            self.values[0, tokens], self.values[1, tokens] = out.logprobs, out.entropy
-        self.index[tokens] = torch.arange(len(tokens), device=tokens.device) + self.num_rows
-        self.num_rows += len(tokens)
+            self.values["logprobs"][tokens] = out.logprobs
+            self.values["entropy"][tokens] = out.entropy
+        if self.index is not None:
+            self.index[tokens] = torch.arange(len(tokens), device=tokens.device) + self.num_rows
+            self.num_rows += len(tokens)
         if support is not None:
             assert out.at_ids is not None
-            self._keep(ids=support.ids.int(), logprobs=out.at_ids)
-            if reads.cross_entropy and state.layout.speaks:
-                self.values[2, tokens] = self._cross_entropy(out.at_ids, support)
+            if not reads.cross_entropy:
+                self._keep(ids=support.ids.int(), logprobs=out.at_ids)
+            elif state.layout.speaks:
+                self.values["cross_entropy"][tokens] = self._cross_entropy(out.at_ids, support)
         elif out.top is not None:
             self._keep(ids=out.top.ids.int(), logprobs=out.top.logprobs)
         elif reads.samples:
-            uniforms = self.uniforms[tokens.cpu()].to(hidden.device)
-            self._keep(ids=state.sample_ids(hidden, uniforms, self.temperature).int())
+            draws = uniforms(reads.seed, tokens, reads.samples)
+            self._keep(ids=state.sample_ids(hidden, draws, self.temperature).int())
         if reads.hidden:
             self._keep(hidden=hidden)
 
@@ -112,17 +117,20 @@ class _Reading:
 
     def scores(self) -> Scores:
         """The pass as a whole; called by every rank."""
-        dist.all_reduce(self.values)
+        for values in self.values.values():
+            dist.all_reduce(values)
         return Scores(
-            logprobs=self.values[0],
-            entropy=self.values[1],
-            cross_entropy=self.values[2] if self.reads.cross_entropy else None,
+            logprobs=self.values["logprobs"],
+            entropy=self.values["entropy"],
+            cross_entropy=self.values.get("cross_entropy"),
             support=self._support(),
             hidden=self._hidden() if self.reads.hidden else None,
         )
 
     def _support(self) -> Support | None:
         reads, device = self.reads, self.state.device
+        if reads.cross_entropy:
+            return None
         asked = reads.samples or min(reads.top_k, self.state.vocab_size)
         size = asked if reads.support is None else reads.support.ids.shape[1]
         if not size:

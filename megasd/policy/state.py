@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megasd.policy.head.head import HeadOutput, sample_ids, vocabulary_head
@@ -78,7 +77,6 @@ class PolicyState(ModelState):
 
     ddp: DistributedDataParallel
     optimizer: ChainedOptimizer
-    scheduler: OptimizerParamScheduler
 
     @property
     def runnable(self) -> torch.nn.Module:

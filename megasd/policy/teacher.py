@@ -16,8 +16,8 @@ class TeacherWeights:
     """`live`, `snapshot` (a copy every k steps), `ema`, or `frozen` (the initial weights).
 
     `checkpoint` is a model of its own (policy.py), and nothing is kept here. ema: phi <- decay
-    phi + (1 - decay) theta, once per rollout batch after all its optimizer steps; a batch whose
-    updates were all skipped skips it. Kept in float32, because in bfloat16 a decay of 0.99 would
+    phi + (1 - decay) theta, once per rollout batch after all its optimizer steps; a batch
+    without any skips it. Kept in float32, because in bfloat16 a decay of 0.99 would
     round every change away.
     """
 

@@ -4,12 +4,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megasd.algorithms.base import Algorithm
@@ -37,6 +36,9 @@ from megasd.types import (
     View,
 )
 from megasd.weights.layout import stage_layers
+
+# Stepped; skipped: loss or gradient norm was not finite; empty: no token had a weight.
+UpdateOutcome = Literal["stepped", "skipped", "empty"]
 
 
 class _PackedStudent(StudentOutput):
@@ -92,14 +94,22 @@ class _PackedStudent(StudentOutput):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """One optimizer step; `logprobs` and `entropy` [N] are those at its start, where `read`."""
+    """What became of one mini-batch; but for `stepped`, everything is as it was before.
 
+    `logprobs` and `entropy` [N] at its start, where `read`, are kept where nothing else has read
+    them before the update, and of a skipped step for its bundle.
+    """
+
+    outcome: UpdateOutcome
     metrics: dict[str, float]
-    skipped: bool  # non-finite loss or gradient norm: weights and optimizer state are as before
     bad_gradients: Mapping[str, int]  # where skipped, on this rank: see `_bad_gradients`
-    logprobs: PerToken
-    entropy: PerToken
-    read: Tensor
+    logprobs: PerToken | None = None
+    entropy: PerToken | None = None
+    read: Tensor | None = None
+
+    @property
+    def skipped(self) -> bool:
+        return self.outcome == "skipped"
 
 
 def token_weights(
@@ -161,14 +171,19 @@ def update(
     minibatch: int,
     temperature: float,
     mismatch: MismatchConfig,
+    lr: float,
 ) -> UpdateResult:
-    """Gradient of sum(token loss x token weight) over mini-batch `minibatch`, then one step.
+    """Gradient of sum(token loss x token weight) over mini-batch `minibatch`, then a step at `lr`.
 
     Without `batch.old_logprobs` the old ones are the first forward's own, without gradient. A
-    step whose loss or gradient norm is not finite is skipped, on all ranks: nothing changes.
+    step whose loss or gradient norm is not finite is skipped, on all ranks: nothing changes. Nor
+    does it where no token has a weight, as the ranks know before they run anything: Adam would
+    move the weights by its moments alone.
     """
     weights = token_weights(algorithm, batch, credit, minibatch, mismatch)
     read = weights != 0
+    if not read.any():
+        return UpdateResult(outcome="empty", metrics={"tokens_in_update": 0.0}, bad_gradients={})
     microbatches = pack(
         views,
         offsets,
@@ -193,7 +208,8 @@ def update(
         if state.layout.speaks:
             values[0, tokens] = out.logprobs.detach()
             values[1, tokens] = out.entropy.detach()
-            for name, value in {"loss": total, **result.metrics}.items():
+            values_to_log = {"loss": total, "entropy": out.entropy, **result.metrics}
+            for name, value in values_to_log.items():
                 addend = value.detach().double().sum()
                 sums[name] = sums[name] + addend if name in sums else addend
         return total, None
@@ -202,7 +218,7 @@ def update(
     state.optimizer.zero_grad()
     forward.run(state.ddp, microbatches, finish, backward=True, device=state.device)
     dist.all_reduce(values)
-    return _finish(state, sums, values, read)
+    return _finish(state, sums, values, read, lr, keeps_values=batch.old_logprobs is None)
 
 
 def _token_loss(
@@ -231,41 +247,44 @@ def _token_loss(
 
 
 def _finish(
-    state: PolicyState, sums: Mapping[str, Tensor], values: Tensor, read: Tensor
+    state: PolicyState,
+    sums: Mapping[str, Tensor],
+    values: Tensor,
+    read: Tensor,
+    lr: float,
+    *,
+    keeps_values: bool,
 ) -> UpdateResult:
     """After the backward passes: sums over the ranks, the optimizer's step, what came of both."""
     num_tokens = int(read.sum())
-    metrics = _averages(sums, num_tokens=max(1, num_tokens))
-    grad_norm, skipped = _step(state, loss=metrics["loss"])
-    lr = float(state.optimizer.param_groups[0]["lr"])
-    metrics |= {"grad_norm": grad_norm, "lr": lr, "tokens_in_update": float(num_tokens)}
+    metrics = _averages(sums, num_tokens=num_tokens)
+    norm, stepped = _step(state, loss=metrics["loss"], lr=lr)
+    metrics |= {"grad_norm": norm, "lr": lr, "tokens_in_update": float(num_tokens)}
+    logprobs, entropy = values
+    kept = {"logprobs": logprobs, "entropy": entropy, "read": read}
     return UpdateResult(
+        outcome="stepped" if stepped else "skipped",
         metrics=metrics,
-        skipped=skipped,
-        bad_gradients=_bad_gradients(state) if skipped else {},
-        logprobs=values[0],
-        entropy=values[1],
-        read=read,
+        bad_gradients={} if stepped else _bad_gradients(state),
+        **(kept if keeps_values or not stepped else {}),
     )
 
 
-def _step(state: PolicyState, *, loss: float) -> tuple[float, bool]:
-    """Clip by the global norm and step; (norm before clipping, whether the step was skipped).
+def _step(state: PolicyState, *, loss: float, lr: float) -> tuple[float, bool]:
+    """Clip by the global norm and step; (norm before clipping, whether the step was made).
 
-    Norm and loss are of all ranks, so all skip or none.
+    Norm and loss are of all ranks, so all step or none. Megatron's own step, which clips and
+    steps as each kind of optimizer wants it, takes the same norm again.
     """
-    state.scheduler.step(1)
-    state.optimizer.prepare_grads()
-    norm = float(state.optimizer.get_grad_norm())
+    optimizer = state.optimizer
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
     if not (math.isfinite(norm) and math.isfinite(loss)):
-        return norm, True
-    for part in state.optimizer.chained_optimizers:
-        max_norm = part.config.clip_grad
-        parameters: list[Tensor] = list(part.get_parameters())
-        if max_norm > 0 and parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=norm)
-    state.optimizer.step_with_ready_grads()
-    return norm, False
+        return norm, False
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm, True
 
 
 def _bad_gradients(state: PolicyState) -> dict[str, int]:
@@ -278,7 +297,9 @@ def _bad_gradients(state: PolicyState) -> dict[str, int]:
     layers = stage_layers(state.gpt.config.num_layers, state.layout.pp_rank, state.layout.pp_size)
     found = {}
     for name, parameter in state.gpt.named_parameters():
-        gradient: Tensor = parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
+        gradient: Tensor | None = getattr(parameter, "main_grad", None)
+        if gradient is None:  # frozen
+            continue
         if count := gradient.numel() - int(gradient.isfinite().sum()):
             place = re.match(r"decoder\.layers\.(\d+)", name)
             if place:

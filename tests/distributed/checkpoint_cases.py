@@ -95,6 +95,49 @@ def resume(
     return _everything(policy, _learn(policy, prompts, range(3, 6))), _sentences(said)
 
 
+def save_as_it_was_with_a_scheduler(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any]
+) -> list[float]:
+    """After three steps, with what checkpoints held when Megatron's scheduler counted them."""
+    policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
+    from megasd.checkpoint import checkpoints as module
+
+    rates = [metrics["lr"] for metrics, *_ in _learn(policy, prompts, range(3))]
+    real = module.sharded_state
+    old = {"num_steps": 3, "lr_decay_steps": 3, "max_lr": 1.0, "lr_decay_style": "constant"}
+    module.sharded_state = lambda *args, **kwargs: {**real(*args, **kwargs), "scheduler": old}
+    try:
+        checkpoints.save(3)
+    finally:
+        module.sharded_state = real
+    return rates
+
+
+def resume_with_other_settings(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What of the optimizer's groups is this run's, and the rates of the steps that are left."""
+    policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
+    groups = policy.state.optimizer.param_groups
+    own = {"max_lr": 7.0, "min_lr": 5.0, "betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.125}
+    for group in groups:
+        group.update(own)
+    checkpoints.restore()
+    left = range(3, settings["total_steps"])
+    return {
+        "own": all(
+            {name: group[name] for name in own} == own
+            for group in policy.state.optimizer.param_groups
+        ),
+        "steps": {
+            float(state["step"])
+            for part in policy.state.optimizer.chained_optimizers
+            for state in part.optimizer.state.values()
+        },
+        "rates": [metrics["lr"] for metrics, *_ in _learn(policy, prompts, left)],
+    }
+
+
 def resume_what_is_not_this_run(folder: Path, run_folder: Path) -> str:
     _, _, checkpoints = _a_run(folder, run_folder, {})
     with pytest.raises(ValueError, match="resume") as failure:

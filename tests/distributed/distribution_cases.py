@@ -66,6 +66,29 @@ def read_everything(folder: Path, settings: Mapping[str, Any], vocab: int) -> di
     }
 
 
+def what_a_pass_holds(folder: Path) -> dict[str, Any]:
+    """Bytes behind each of its values per token, and whether it kept rows, by what is asked."""
+    policy = cases.make_policy(folder, {})
+    views, _ = views_of(5, 121)
+    offsets = cases.offsets_of(views)
+    support = policy.score(views, offsets, reads=Reads(top_k=TOP_K)).support
+    asked = {
+        "plain": Reads(),
+        "top k": Reads(top_k=TOP_K),
+        "cross entropy": Reads(support=support, cross_entropy=True),
+    }
+    found = {}
+    for name, reads in asked.items():
+        scores = policy.score(views, offsets, reads=reads)
+        sizes = [
+            values.untyped_storage().nbytes()
+            for values in (scores.logprobs, scores.entropy, scores.cross_entropy)
+            if values is not None
+        ]
+        found[name] = (sizes, scores.support is not None)
+    return {"bytes": 4 * int(offsets[-1]), **found}
+
+
 def _rows(support: Support, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     found = support.at(tokens)
     assert found.teacher_logprobs is not None

@@ -122,7 +122,9 @@ def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
         ),
         optimizer=OptimizerConfig(
             lr=LEARNING_RATE,
-            weight_decay=0.0,
+            weight_decay=settings.get("weight_decay", 0.0),
+            betas=settings.get("betas", (0.9, 0.999)),
+            eps=settings.get("eps", 1e-8),
             clip_grad_norm=settings.get("clip", 1.0),
             max_tokens_per_microbatch=settings.get("max_tokens", 96),
             warmup_steps=settings.get("warmup", 0),
@@ -228,11 +230,11 @@ def skip_a_broken_step(folder: Path, what: str) -> dict[str, Any]:
 
     Or an infinite loss: of the other sign on rank 0, so that the sum is no number.
     """
-    policy = make_policy(folder, {})
+    policy = make_policy(folder, {"schedule": "linear", "total_steps": 4})
     views = random_views(2, count=6, vocab=100)
     offsets = offsets_of(views)
     infinite = PlainLoss(offset=-math.inf if dist.get_rank() == 0 else math.inf)
-    seen = []
+    seen, rates = [], []
     for step in range(3):
         batch, credit = batch_and_credit(views, seed=7)
         if step == 1 and what == "gradient":
@@ -245,7 +247,118 @@ def skip_a_broken_step(folder: Path, what: str) -> dict[str, Any]:
         after = weights_of(policy)
         same = all(np.array_equal(before[name], after[name]) for name in before)
         seen.append((done.skipped, same, done.metrics["loss"], done.metrics["grad_norm"]))
-    return {"seen": seen, "version": policy.version, "skipped": policy.skipped_steps}
+        rates.append(done.metrics["lr"])
+    return {
+        "seen": seen,
+        "rates": rates,
+        "version": policy.version,
+        "skipped": policy.skipped_steps,
+    }
+
+
+def steps_and_gradients(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Three steps on one rank: weights before and after, and the gradients between them."""
+    policy = make_policy(folder, settings)
+    views = random_views(5, count=6, vocab=100)
+    prepare, gradients = policy.state.optimizer.prepare_grads, {}
+
+    def prepare_and_note() -> bool:
+        gradients.update({n: p.main_grad.clone() for n, p in policy.parameters.items()})
+        return prepare()
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in policy.parameters.items()}
+
+    policy.state.optimizer.prepare_grads = prepare_and_note
+    steps = []
+    for step in range(3):
+        batch, credit = batch_and_credit(views, seed=step)
+        before = weights()
+        done = policy.update(views, offsets_of(views), batch, credit, PlainLoss(), minibatch=0)
+        steps.append(
+            {
+                "before": before,
+                "gradients": dict(gradients),
+                "after": weights(),
+                "metrics": done.metrics,
+            }
+        )
+    return steps
+
+
+def learn_nothing_in_between(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A step, a mini-batch of which no token has weight, one without rollouts, a step."""
+    policy = make_policy(folder, {**settings, "schedule": "linear", "total_steps": 2})
+    from megasd.policy import forward
+
+    views = random_views(2, count=6, vocab=100)
+    batch, credit = batch_and_credit(views, seed=7)
+    nothing = credit._replace(token_weights=torch.zeros_like(credit.token_weights))
+
+    def update(credit: Credit, minibatch: int) -> Any:
+        return policy.update(
+            views, offsets_of(views), batch, credit, PlainLoss(), minibatch=minibatch
+        )
+
+    def everything() -> list[torch.Tensor]:
+        moments = [
+            tensor.clone()
+            for part in policy.state.optimizer.chained_optimizers
+            for of_parameter in part.optimizer.state.values()
+            for tensor in of_parameter.values()
+        ]
+        return [p.detach().clone() for p in policy.parameters.values()] + moments
+
+    first, before, run = update(credit, 0), everything(), forward.run
+    forward.run = None  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        empty = [update(nothing, 0), update(credit, 1)]
+    finally:
+        forward.run = run
+    same = all(torch.equal(*pair) for pair in zip(before, everything(), strict=True))
+    last = update(credit, 0)
+    return {
+        "outcomes": [done.outcome for done in (first, *empty, last)],
+        "metrics": [done.metrics for done in empty],
+        "same": same,
+        "version": policy.version,
+        "rates": [first.metrics["lr"], last.metrics["lr"]],
+    }
+
+
+def train_one_layer_only(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the model's first layer is frozen; a step, and one that is skipped."""
+    from megasd.policy import backend
+
+    backend.start("cpu")
+    from megasd.policy import policy as module
+
+    load = module.load_model
+
+    def load_and_freeze(*args: Any) -> Any:
+        loaded = load(*args)
+        is_first = loaded.gpt.pre_process
+        for name, parameter in loaded.gpt.named_parameters():
+            parameter.requires_grad = is_first and name.startswith("decoder.layers.0.")
+        return loaded
+
+    module.load_model = load_and_freeze
+    try:
+        policy = make_policy(folder, settings)
+    finally:
+        module.load_model = load
+    views = random_views(2, count=4, vocab=100)
+    batch, credit = batch_and_credit(views, seed=7)
+    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
+    done = [
+        policy.update(views, offsets_of(views), batch, credit, PlainLoss(root=broken), minibatch=0)
+        for broken in (False, True)
+    ]
+    return {
+        "outcomes": [one.outcome for one in done],
+        "changed": [n for n, p in policy.parameters.items() if not torch.equal(before[n], p)],
+        "bad": list(done[1].bad_gradients),
+    }
 
 
 def stop_when_stuck(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

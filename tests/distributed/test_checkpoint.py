@@ -10,6 +10,7 @@ import pytest
 from megasd.testing.ranks import Ranks
 from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
 from tests.distributed import checkpoint_cases as cases
+from tests.distributed import policy_cases
 
 LAYOUTS = {
     "1 rank": (1, {}),
@@ -53,6 +54,22 @@ def test_a_resumed_run_repeats_every_bit(
     for rank, (one, (other, notes)) in enumerate(zip(whole, resumed, strict=True)):
         assert notes == []
         np.testing.assert_equal(other, one, err_msg=f"{layout}, rank {rank}")
+
+
+def test_a_run_resumed_with_more_steps_follows_the_schedule_of_its_own_configuration(
+    folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Of a checkpoint come the moments and the count of steps, never a setting."""
+    three, six = ({"schedule": "linear", "total_steps": n} for n in (3, 6))
+    (first,) = ranks.run(
+        cases.save_as_it_was_with_a_scheduler, folder, tmp_path, three, world_size=1
+    )
+    (resumed,) = ranks.run(cases.resume_with_other_settings, folder, tmp_path, six, world_size=1)
+    rate = policy_cases.LEARNING_RATE
+    assert first == pytest.approx([rate, rate * 2 / 3, rate / 3])
+    assert resumed["rates"] == pytest.approx([rate * left / 6 for left in (3, 2, 1)])
+    assert resumed["own"]
+    assert resumed["steps"] == {3.0}
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,17 @@ def test_samples_follow_the_teacher_and_are_the_same_in_every_layout(
     assert differing <= total * 1e-3, "a draw may fall within a rounding error of the next id"
 
 
+def test_a_pass_holds_what_was_asked_for_and_each_value_by_itself(
+    folder: Path, ranks: Ranks
+) -> None:
+    """Whoever keeps the log-probs keeps 4 bytes per token, whatever else was read."""
+    (found,) = ranks.run(cases.what_a_pass_holds, folder, world_size=1)
+    size = found["bytes"]
+    assert found["plain"] == ([size] * 2, False)
+    assert found["top k"] == ([size] * 2, True)
+    assert found["cross entropy"] == ([size] * 3, False), "ids and log-probs that nobody reads"
+
+
 def test_the_reference_keeps_the_initial_weights_and_live_follows(
     folder: Path, ranks: Ranks
 ) -> None:

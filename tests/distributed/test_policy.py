@@ -188,19 +188,76 @@ def test_ranks_of_an_expert_that_would_gather_unevenly_are_refused_on_a_cpu(
         assert "gloo on a CPU cannot; set it to 1" in said
 
 
-def test_the_learning_rate_warms_up_from_one_kth_and_decays_to_its_floor(
+def test_the_learning_rate_warms_up_from_one_kth_and_decays_from_its_top(
     folder: Path, ranks: Ranks
 ) -> None:
+    """Of every parameter group; step k after the warm-up is at (k - 1) / steps of the decay."""
     base = cases.LEARNING_RATE
-    (cosine,) = ranks.run(
-        cases.learning_rates, folder, {"warmup": 2, "schedule": "cosine"}, 6, world_size=1
-    )
-    decay = [base * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(1, 5)]
+    settings = {"warmup": 2, "schedule": "cosine"}
+    (cosine,) = ranks.run(cases.learning_rates, folder, settings, 6, world_size=1)
+    decay = [base * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(4)]
     np.testing.assert_allclose(cosine, [base / 2, base, *decay], rtol=1e-6, atol=1e-12)
-    (linear,) = ranks.run(cases.learning_rates, folder, {"schedule": "linear"}, 4, world_size=1)
-    np.testing.assert_allclose(linear, [base * f for f in (0.75, 0.5, 0.25, 0)], atol=1e-12)
-    (constant,) = ranks.run(cases.learning_rates, folder, {"warmup": 4}, 6, world_size=1)
-    np.testing.assert_allclose(constant, [base * f for f in (0.25, 0.5, 0.75, 1, 1, 1)])
+    assert cosine[-1] > 0, "the last step's rollouts are not for nothing"
+
+
+@pytest.mark.parametrize("model", ["qwen3 untied", "qwen3_moe"])
+def test_a_step_is_adamws_at_the_schedules_rate_on_gradients_clipped_by_their_common_norm(
+    model: str, folders: Mapping[str, Path], ranks: Ranks
+) -> None:
+    """Against torch's own, from Megatron's gradients: dense parameters and experts together."""
+    settings = {"clip": 0.125, "weight_decay": 0.5, "schedule": "linear", "warmup": 1}
+    settings |= {"betas": (0.5, 0.75), "eps": 1e-3, "total_steps": 3}
+    (steps,) = ranks.run(cases.steps_and_gradients, folders[model], settings, world_size=1)
+    start = {name: torch.nn.Parameter(value) for name, value in steps[0]["before"].items()}
+    parts = [[p for p in start.values() if (p.ndim > 1) == decays] for decays in (True, False)]
+    assert all(parts)
+    adam = torch.optim.AdamW(
+        [{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.0}],
+        betas=(0.5, 0.75),
+        eps=1e-3,
+        weight_decay=0.5,
+    )
+    for step, share in zip(steps, (1.0, 1.0, 0.5), strict=True):
+        for name, parameter in start.items():
+            parameter.grad = step["gradients"][name].clone()
+        norm = torch.nn.utils.clip_grad_norm_(start.values(), 0.125)
+        assert norm > 0.25, "it clips"
+        for group in adam.param_groups:
+            group["lr"] = cases.LEARNING_RATE * share
+        adam.step()
+        assert step["metrics"]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+        assert step["metrics"]["lr"] == pytest.approx(cases.LEARNING_RATE * share)
+        for name, parameter in start.items():
+            np.testing.assert_allclose(
+                step["after"][name], parameter.detach(), rtol=0, atol=1e-7, err_msg=name
+            )
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"), [({}, 1), ({}, 2), ({"pipeline": 2}, 2)], ids=["1", "DP2", "PP2"]
+)
+def test_a_mini_batch_without_weights_runs_nothing_and_changes_nothing_on_any_rank(
+    layout: dict, world_size: int, folder: Path, ranks: Ranks
+) -> None:
+    for found in ranks.run(cases.learn_nothing_in_between, folder, layout, world_size=world_size):
+        assert found["outcomes"] == ["stepped", "empty", "empty", "stepped"]
+        assert found["metrics"] == [{"tokens_in_update": 0.0}] * 2
+        assert found["same"], "weights, moments and the number of steps behind them"
+        assert found["version"] == 2
+        shares = [lr / cases.LEARNING_RATE for lr in found["rates"]]
+        assert shares == pytest.approx([1.0, 0.5]), "it has no place in the schedule"
+
+
+def test_frozen_parameters_are_passed_by_on_stages_that_train_nothing_too(
+    folder: Path, ranks: Ranks
+) -> None:
+    """All but one layer's: the other stage's optimizer is a stub, and it has no gradients."""
+    for stage, found in enumerate(
+        ranks.run(cases.train_one_layer_only, folder, {"pipeline": 2}, world_size=2)
+    ):
+        assert found["outcomes"] == ["stepped", "skipped"]
+        assert {name.split(".")[2] for name in found["changed"]} == ({"0"} if stage == 0 else set())
+        assert set(found["bad"]) == (set(found["changed"]) if stage == 0 else set())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -215,6 +272,10 @@ def test_a_gradient_or_loss_that_is_not_finite_skips_the_step_on_all_ranks(
         assert not np.isfinite(broken[2])
         assert np.isfinite(broken[3]) == (what == "loss"), "its gradients were all right"
         assert (result["version"], result["skipped"]) == (2, 1)
+        shares = [lr / cases.LEARNING_RATE for lr in result["rates"]]
+        assert shares == pytest.approx([1.0, 0.75, 0.75]), (
+            "skipped, it used up none of the schedule"
+        )
 
 
 @pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=["DP2", "PP2"])
@@ -241,7 +302,7 @@ def test_too_many_skipped_updates_in_a_row_stop_all_ranks_with_one_sentence_and_
     assert tensors["updates.1.logprobs"].shape == tensors["credit.advantages"].shape
     summary = json.loads((bundle / "summary.json").read_text())
     assert summary["tensors"] == {}, "nothing but gradients was broken"
-    assert [update["skipped"] for update in summary["updates"]] == [True, True]
+    assert [update["outcome"] for update in summary["updates"]] == ["skipped", "skipped"]
     found = [set(by_update[1]) for by_update in summary["gradients"]]
     layers = [{name.split(".")[2] for name in names if ".layers." in name} for names in found]
     if layout:

@@ -15,7 +15,6 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -310,28 +309,7 @@ def build_optimizer(ddp: DistributedDataParallel, optimizer: OptimizerConfig) ->
     allocate_adam_state(built)
     leave_step_out_of_parameter_state(built)
     save_ranges_as_boxes(built)
+    for group in built.param_groups:  # what Megatron leaves to its scheduler, which we do without
+        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.grad_scale_func = built.scale_loss
     return built
-
-
-def build_scheduler(
-    built: ChainedOptimizer, optimizer: OptimizerConfig, total_steps: int
-) -> OptimizerParamScheduler:
-    """Warm-up from 0, then constant, cosine or linear to `min_lr`; counted in optimizer steps.
-
-    `step(1)` is called before each optimizer step, so step k of the warm-up runs at
-    lr k / warmup_steps and no step is wasted at 0.
-    """
-    return OptimizerParamScheduler(
-        built,
-        init_lr=0.0,
-        max_lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        lr_warmup_steps=optimizer.warmup_steps,
-        lr_decay_steps=max(total_steps, optimizer.warmup_steps + 1),
-        lr_decay_style=optimizer.schedule,
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )

@@ -110,6 +110,17 @@ def test_the_reference_is_the_median_over_all_the_tokens_of_the_warm_up():
     assert set(memory) == {"reference_entropy", "is_on"}
 
 
+def test_a_warm_up_keeps_counts_of_values_and_goes_on_from_the_tokens_of_an_old_checkpoint():
+    two = batch_of(entropies=[1.0, 1.0, 2.0, 3.0, 3.0], memory={})
+    kept = AntiSD(warmup_steps=2).assign_credit(two, 0).memory
+    assert kept["warmup_entropies"].tolist() == [1, 2, 3]
+    assert kept["warmup_counts"].tolist() == [2, 1, 2]
+    old = {"warmup_entropies": torch.tensor([3.0, 1.0, 3.0, 2.0, 1.0])}
+    for memory in (kept, old):
+        after = AntiSD(warmup_steps=2).assign_credit(batch_of(memory=memory), 1).memory
+        assert after["reference_entropy"].item() == 1.0, "of 1 x 7, 2, 3, 3"
+
+
 def test_masked_tokens_have_no_say_in_the_gate():
     entropies, mask = [1.0, 0.1, 0.1, 1.0, 0.1], (True, False, False, True, False)
     credit = AntiSD().assign_credit(batch_of(entropies=entropies, response_mask=mask), 5)

@@ -57,7 +57,7 @@ def write_run(
     """A run whose entropy is its step, that took 3 s per step with 1 s of evaluation in it."""
     folder.mkdir()
     rows: list[dict[str, Any]] = [
-        {"step": step, "policy/entropy": step, "time/step": 3.0, "time/evaluation": 1.0}
+        {"step": step, "update/entropy": step, "time/step": 3.0, "time/evaluation": 1.0}
         for step in range(STEPS)
     ]
     rows.append({"step": STEPS, "evaluation/response_length": 7.0, "evaluation/leakage": 0.25})

@@ -37,7 +37,12 @@ def an_update(loss: float, grad_norm: float, *, skipped: bool = True) -> Any:
 
 
 def test_an_update_that_is_not_skipped_starts_the_count_anew() -> None:
-    assert running_counts(2, [True, False, True, True]) == [3, 0, 1, 2]
+    assert running_counts(2, ["skipped", "stepped", "skipped", "skipped"]) == [3, 0, 1, 2]
+
+
+def test_an_update_with_nothing_to_learn_neither_counts_nor_starts_anew() -> None:
+    assert running_counts(1, ["empty", "skipped", "empty", "stepped", "empty"]) == [1, 2, 2, 0, 0]
+    assert running_counts(2, ["empty"]) == [2]
 
 
 def test_values_are_counted_with_the_rollouts_they_belong_to() -> None:

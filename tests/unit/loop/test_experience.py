@@ -128,6 +128,20 @@ def test_groups_whose_rewards_are_all_equal_are_counted_among_all_that_was_sampl
     assert metrics["reward/equal_groups"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("left", [1, 2, 3, 4, 5])
+def test_where_verifiers_leave_too_few_groups_as_many_mini_batches_as_can_be_have_one(
+    left: int,
+) -> None:
+    one = collector(
+        lambda r: Verdict(error="it broke" if r.prompt.index >= left else None), GRPO(), groups=6
+    )
+    one.minibatches = 4
+    ids = one.collect(0, Phases()).batch.minibatch_ids.tolist()
+    assert ids == sorted(ids)
+    assert len(set(ids)) == min(left, 4)
+    assert set(ids) <= set(range(4))
+
+
 def test_a_step_in_which_every_verifier_fails_stops_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"step 4: all 6 rollouts .*it broke.*data\.verifier"):
         collector(lambda _: Verdict(error="it broke"), GRPO()).collect(4, Phases())

@@ -30,7 +30,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize("name", [sign.name for sign in SIGNS])
+@pytest.mark.parametrize("name", dict.fromkeys(sign.name for sign in SIGNS))
 def test_a_sign_is_said_once_it_stays_and_once_more_at_the_end(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +70,13 @@ def test_the_cause_of_a_missing_gradient_is_what_the_same_step_shows(
 def test_a_step_in_which_no_mini_batch_had_anything_to_learn_has_no_gradient() -> None:
     values = {"update/tokens_in_update": 0.0}
     assert Health(speaks=False).watch(0, values) == {"health/no_gradient": 1}
+
+
+def test_a_teacher_that_agrees_is_noticed_where_only_the_update_read_the_student_too() -> None:
+    health = Health(speaks=False)
+    for gap, shows in ((1e-8, 1), (0.5, 0)):
+        found = health.watch(0, {"update/teacher/gap_max": gap})
+        assert found == {"health/teacher_agrees": shows}
 
 
 def test_what_a_method_does_not_measure_is_not_a_sign_and_other_ranks_are_silent(

@@ -1,6 +1,7 @@
 """Who reads what, in which order: only passes that can change the update, on the right rows."""
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -267,13 +268,53 @@ def test_memory_passes_from_one_step_s_credit_to_the_next_step_s_batch() -> None
     assert one.memory == {}
 
 
-def test_gaps_are_measured_against_the_update_s_own_forward_where_nothing_else_scored_it() -> None:
-    policy = FakePolicy(gap=0.5)
+def an_update(outcome: str = "stepped", **values: Any) -> Any:
+    """As of one whose own forward read nothing that is kept."""
+    nothing = {"metrics": {}, "logprobs": None, "read": None}
+    return SimpleNamespace(outcome=outcome, **{**nothing, **values})
+
+
+DISTANCES = {"teacher/reference/gap_max", "mismatch/abs_mean", "mismatch/abs_p99"}
+
+
+def test_what_a_pass_read_is_measured_over_all_response_tokens() -> None:
+    """Whatever the update learns from: the same name is the same tokens."""
     experience = an_experience()
-    batch, _ = reader(policy, GRPO(kl_coef=0.1)).read(experience, step=0)
-    first: Any = type("Update", (), {})()
-    first.logprobs, first.entropy = torch.full((12,), -1.5), torch.ones(12)
-    first.read, first.metrics, first.skipped = torch.ones(12, dtype=torch.bool), {}, False
+    one = reader(FakePolicy(gap=0.5), GRPO(kl_coef=0.1), minibatches=2)
+    batch, _ = one.read(experience, step=0)
+    assert batch.old_logprobs is not None
+    batch.old_logprobs[4:] -= 1
+    values = {"loss": 1.0, "entropy": 0.25}
+    measured = step_metrics(experience, batch, [an_update(metrics=values), an_update("empty")])
+    assert measured["policy/entropy"] == 0.5, "of the pass"
+    assert measured["update/entropy"] == 0.25, "of the update"
+    assert measured["teacher/reference/gap_mean"] == pytest.approx((4 * 0.5 + 8 * 1.5) / 12)
+    assert measured.keys() >= DISTANCES
+    assert not any(name.startswith(("update/teacher", "update/mismatch")) for name in measured)
+
+
+def test_what_only_the_update_read_is_of_the_tokens_that_it_learns_from_and_says_so() -> None:
+    experience = an_experience()
+    batch, _ = reader(FakePolicy(gap=0.5), GRPO(kl_coef=0.1)).read(experience, step=0)
+    assert batch.old_logprobs is None
+    read = torch.arange(12) < 8  # a group whose rewards are equal is not run
+    logprobs = torch.where(read, -1.5, 0.0)
+    first = an_update(metrics={"entropy": 0.75}, logprobs=logprobs, read=read)
     measured = step_metrics(experience, batch, [first])
-    assert measured["teacher/reference/gap_mean"] == pytest.approx(1.0)
-    assert measured["policy/entropy"] == 1.0
+    assert measured["update/teacher/reference/gap_mean"] == pytest.approx(1.0)
+    assert measured["update/entropy"] == 0.75
+    assert measured.keys() >= {f"update/{name}" for name in DISTANCES}
+    others = {name.split("/")[0] for name in measured} - {"update"}
+    assert not others & {"policy", "teacher", "mismatch"}
+
+
+def test_mini_batches_that_teach_nothing_are_counted_and_have_no_loss() -> None:
+    experience = an_experience()
+    batch, _ = reader(FakePolicy(), GRPO()).read(experience, step=0)
+    measured = step_metrics(experience, batch, [an_update("empty")])
+    updates = {name: value for name, value in measured.items() if name.startswith("update/")}
+    assert updates == {"update/skipped": 0.0, "update/empty_minibatches": 1.0}
+    some = [an_update("empty"), an_update("skipped", metrics={"loss": 2.0})]
+    measured = step_metrics(experience, batch, some)
+    assert measured["update/loss"] == 2.0
+    assert (measured["update/skipped"], measured["update/empty_minibatches"]) == (1.0, 1.0)
