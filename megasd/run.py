@@ -11,7 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megasd.configuration.load import Config, to_container, to_yaml
-from megasd.configuration.validate import context_length, needs_rewards, needs_solutions, run_folder
+from megasd.configuration.validate import (
+    context_length,
+    longest_rollout,
+    needs_rewards,
+    needs_solutions,
+    run_folder,
+)
 from megasd.data.context import PrivilegedContext
 from megasd.data.datasets import load_prompts
 from megasd.data.prompts import Prompts
@@ -257,6 +263,7 @@ def _fleet(config: Config, data: _Data, policy: "Policy", folder: Path) -> Fleet
         dtype=getattr(torch, config.model.dtype),
         device=policy.backend.device,
         hf_shapes=policy.table.hf_shapes(),
+        max_tokens=longest_rollout(config),
         run_folder=folder,
     )
     gap, vllm = config.rollout.sync.probe_gap, config.rollout.vllm

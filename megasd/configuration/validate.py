@@ -358,6 +358,7 @@ def check_rollout(
         is_cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()),
         dtype=config.model.dtype,
         hf_config=hf_config,
+        max_tokens=longest_rollout(config),
         needs_vllm=will_run_here,
     )
 
@@ -402,9 +403,14 @@ def context_length(config: Config, hf_config: Mapping[str, Any] | None) -> int |
     return None if hf_config is None else hf_config.get("max_position_embeddings")
 
 
+def longest_rollout(config: Config) -> int:
+    """Upper bound on the tokens of a prompt and its response: what an engine is made for."""
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
 def longest_view(config: Config, hf_config: Mapping[str, Any] | None) -> int:
     """Upper bound on the tokens of one packed sequence, the teacher's included."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = longest_rollout(config)
     if config.algorithm is not None and "teacher" in config.algorithm.needs.teachers:
         # A token stands for at least one byte.
         longest += config.context.max_tokens + len(config.context.template.encode())

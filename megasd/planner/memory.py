@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from megasd.configuration.load import Config
-from megasd.configuration.validate import longest_view
+from megasd.configuration.validate import longest_rollout, longest_view
 from megasd.planner.activations import (
     Cut,
     Engine,
@@ -276,7 +276,7 @@ def _engine(scenario: Scenario, stage: int) -> dict[str, float]:
     names = ("engine_weights", "engine_cache", "sync_buckets", "engine_asleep", "engine_claim")
     taken: dict[str, float] = dict.fromkeys((*names, "cache_room", "cache_needed"), 0.0)
     taken["sync_buckets"] = 2 * rollout.sync.bucket_mib * 2**20
-    sequence = config.data.max_prompt_tokens + rollout.max_response_tokens
+    sequence = longest_rollout(config)
     if rollout.engine == "hf":
         room = rollout.batch_size * sequence * cache_bytes(scenario, 1)
         if stage == 0:

@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megasd.configuration.load import Config
-from megasd.configuration.validate import check_batch, check_lengths, check_numbers, longest_view
+from megasd.configuration.validate import (
+    check_batch,
+    check_lengths,
+    check_numbers,
+    longest_rollout,
+    longest_view,
+)
 from megasd.planner.duration import Duration, duration
 from megasd.planner.hardware import GPUS_PER_NODE
 from megasd.planner.memory import Memory, Scenario, memory
@@ -52,6 +58,7 @@ def faults(scenario: Scenario) -> list[str]:
             is_cuda=True,
             dtype=config.model.dtype,
             hf_config=hf_config,
+            max_tokens=longest_rollout(config),
             needs_vllm=False,  # a plan is not made on the machine that will run it
         ),
     ]

@@ -25,6 +25,7 @@ def build_engine(
     dtype: torch.dtype,
     device: torch.device,
     hf_shapes: Mapping[str, tuple[int, ...]],
+    max_tokens: int,  # of a prompt and its response
     run_folder: Path,
 ) -> RolloutEngine | None:
     """The engine that `rollout.engine` names, on the ranks that have a seat; called by all ranks.
@@ -48,6 +49,7 @@ def build_engine(
         dtype=dtype,
         device=device,
         hf_shapes=hf_shapes,
+        max_tokens=max_tokens,
         run_folder=run_folder,
         name=f"engine{seat.number}",
         rank_in_engine=seat.rank,

@@ -7,13 +7,16 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from megasd.rollout.config import RolloutConfig
+from megasd.rollout.config import RolloutConfig, VLLMConfig
+from megasd.weights.fp8 import BLOCK
 from megasd.weights.tables import table_for
 
 # What the engine sets itself; `rollout.vllm.options` may not.
 OWN_OPTIONS = (
     *("model", "dtype", "load_format", "seed", "generation_config", "logprobs_mode"),
     *("tensor_parallel_size", "enable_expert_parallel", "max_num_seqs", "enable_sleep_mode"),
+    *("pipeline_parallel_size", "data_parallel_size"),  # an engine's workers are its `tensor` GPUs
+    *("hf_overrides", "quantization"),  # the trainer would train another model, or other weights
     *("worker_extension_cls", "weight_transfer_config"),
 )
 
@@ -26,11 +29,13 @@ def check_engines(
     is_cuda: bool,
     dtype: str,
     hf_config: Mapping[str, Any] | None,
+    max_tokens: int,
     needs_vllm: bool = True,
 ) -> list[str]:
     """Every reason why the engines cannot be started, or would sample something else.
 
-    `needs_vllm`: this machine's packages are those of the run.
+    `max_tokens`: of a prompt and its response. `needs_vllm`: this machine's packages are those of
+    the run.
     """
     faults = []
     if not 0 <= rollout.min_p < 1:
@@ -46,6 +51,13 @@ def check_engines(
         faults.append("rollout.engine: vllm is not installed; install it, or set the engine to hf")
     if own := sorted(set(vllm.options) & set(OWN_OPTIONS)):
         faults.append(f"rollout.vllm.options: {', '.join(own)} is megasd's to set; leave it out")
+    length = vllm.options.get("max_model_len", max_tokens)
+    if not isinstance(length, int) or length < max_tokens:
+        faults.append(
+            f"rollout.vllm.options: max_model_len {length} is less than the {max_tokens} tokens of "
+            "a prompt and its response (data.max_prompt_tokens, rollout.max_response_tokens); "
+            "leave it out"
+        )
     if not 0 < vllm.gpu_memory_utilization <= 1:
         faults.append(
             f"rollout.vllm.gpu_memory_utilization: {vllm.gpu_memory_utilization} is out of range; "
@@ -68,6 +80,7 @@ def check_engines(
         faults
         + _placement(rollout, world_size, ranks_per_stage, is_cuda)
         + _cut(vllm.tensor, vllm.expert_parallel, hf_config)
+        + (_fp8_cut(vllm, hf_config) if vllm.quantization == "fp8" and hf_config else [])
     )
 
 
@@ -111,3 +124,30 @@ def _cut(tensor: int, expert_parallel: bool, hf_config: Mapping[str, Any] | None
             f"{experts} experts of model.path evenly; set it to false"
         )
     return faults
+
+
+def _fp8_cut(vllm: VLLMConfig, hf_config: Mapping[str, Any]) -> list[str]:
+    """vLLM wants whole blocks of scales on every GPU, as its 0.26 does in all layers.
+
+    Later releases can divide the blocks of experts; the range is driven as one.
+    """
+    heads, tensor = hf_config["num_attention_heads"], vllm.tensor
+    if heads % tensor:
+        return []  # has its own sentence
+    head_dim = hf_config.get("head_dim") or hf_config["hidden_size"] // heads
+    experts = table_for(hf_config).num_experts
+    name = "moe_intermediate_size" if experts else "intermediate_size"
+    whole = experts and vllm.expert_parallel
+    parts = {
+        "queries": heads // tensor * head_dim,
+        "keys": max(1, hf_config["num_key_value_heads"] // tensor) * head_dim,
+        name: hf_config[name] / (1 if whole else tensor),
+    }
+    remedy = "share whole experts (rollout.vllm.expert_parallel), " if experts and not whole else ""
+    return [
+        f"rollout.vllm.quantization: fp8 has scales for blocks of {BLOCK}, and of model.path's "
+        f"{what} each of {tensor} GPUs (rollout.vllm.tensor) would have {part:g}; {remedy}"
+        "choose another rollout.vllm.tensor, or set the quantization to none"
+        for what, part in parts.items()
+        if part % BLOCK
+    ]

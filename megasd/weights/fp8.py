@@ -25,6 +25,16 @@ def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith("_proj.weight")
 
 
+def unquantized_modules(hf_shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Modules whose matrix stays as it is, as an FP8 checkpoint's config lists them.
+
+    vLLM makes a router of experts in float8 like any linear layer unless its full name is there.
+    """
+    kept = [name for name, shape in hf_shapes.items() if not is_quantized(name, shape)]
+    matrices = [name.removesuffix(".weight") for name in kept if len(hf_shapes[name]) == 2]
+    return list(dict.fromkeys(["lm_head", *matrices]))  # the head may be tied and have no name
+
+
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(W8 [rows, columns] float8_e4m3fn, scales [rows / 128, columns / 128] float32, rounded up).
 

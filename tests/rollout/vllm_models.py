@@ -68,6 +68,7 @@ def make_engine(folder: Path, run_folder: Path, **options: Any) -> VLLMEngine:
         dtype=torch.float32,
         device=torch.device("cpu"),
         hf_shapes={name: tuple(tensor.shape) for name, tensor in weights_of(folder).items()},
+        max_tokens=512,
         run_folder=run_folder,
         **arguments,
     )

@@ -44,6 +44,7 @@ def train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]
             dtype=torch.float32,
             device=torch.device("cpu"),
             hf_shapes=policy.table.hf_shapes(),
+            max_tokens=512,
             run_folder=run_folder,
             name=f"engine{rank}",
         )

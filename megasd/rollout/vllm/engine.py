@@ -68,6 +68,7 @@ class VLLMEngine:
         dtype: torch.dtype,  # of the buckets
         device: torch.device,
         hf_shapes: Mapping[str, tuple[int, ...]],  # every tensor that an update consists of
+        max_tokens: int,  # of a prompt and its response
         run_folder: str | Path,
         name: str,
         rank_in_engine: int = 0,
@@ -83,7 +84,9 @@ class VLLMEngine:
         self._tokenizer, self._stop_ids = tokenizer, stop_ids(folder, tokenizer)
         self._shapes = dict(hf_shapes)
         self._rank, self._size, self._group = rank_in_engine, engine_size, group
-        self._options = engine_options(config, folder, dtype=dtype, device=device)
+        self._options = engine_options(
+            config, folder, dtype=dtype, device=device, max_tokens=max_tokens, hf_shapes=hf_shapes
+        )
         engines = Path(run_folder) / "engines"
         self._log, self._agent_file = engines / f"{name}.log", engines / f"{name}.json"
         self._link: Link | None = None

@@ -5,7 +5,6 @@ before it imports vllm: the trainer hears its heartbeat from then on. The main t
 vLLM; one thread reads commands, one sends a beat each second. The process ends with its connection.
 """
 
-import inspect
 import json
 import os
 import queue
@@ -19,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-# Below 0.26 there is no start and finish of an update; above 0.32 nothing was tried.
-SUPPORTED = ((0, 26), (0, 33))
 BEAT_SECONDS = 1.0
 
 
@@ -65,27 +62,6 @@ def end() -> None:
     if os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
-
-
-def probe() -> None:
-    """Raises RuntimeError with one sentence when this vLLM cannot be driven."""
-    import vllm
-    from vllm.distributed.weight_transfer import base
-
-    low, beyond = SUPPORTED
-    numbers = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    wanted = f"vllm >= {low[0]}.{low[1]}, < {beyond[0]}.{beyond[1]}"
-    if not low <= numbers < beyond:
-        raise RuntimeError(f"vllm {vllm.__version__} is installed, megasd needs {wanted}")
-    calls = ("init_weight_transfer_engine", "start_weight_update", "update_weights")
-    missing = [name for name in (*calls, "finish_weight_update") if not hasattr(vllm.LLM, name)]
-    arguments = inspect.signature(base.WeightTransferEngine.__init__).parameters
-    missing += [name for name in ("vllm_config", "device", "model") if name not in arguments]
-    if missing:
-        raise RuntimeError(
-            f"vllm {vllm.__version__} has another weight-transfer interface than {wanted} "
-            f"(no {', '.join(missing)}): install a release of that range"
-        )
 
 
 class Engine:
@@ -213,6 +189,8 @@ def main() -> None:
     job = json.loads(sys.stdin.read())
     wire = Wire(job)
     try:
+        from megasd.rollout.vllm.versions import probe  # imports torch: after the first beat
+
         probe()
         engine = Engine(wire, job)
         wire.send("ready", os.getpid())

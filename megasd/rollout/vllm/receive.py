@@ -3,6 +3,7 @@
 Imported in every worker of an engine, through `worker_extension_cls`: that registers the backend.
 """
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
 
 from megasd.rollout.vllm.send import Feed, Receiver
+from megasd.rollout.vllm.versions import NoTrainerSide, drop_packed_experts, repack_heads
 
 BACKEND = "megasd"
 
@@ -39,7 +40,7 @@ class Update(WeightTransferUpdateInfo):
     number: int
 
 
-class StreamedWeights(WeightTransferEngine[Feeds, Update]):
+class StreamedWeights(NoTrainerSide, WeightTransferEngine[Feeds, Update]):
     """Reads a whole update from the worker's channel in one call.
 
     A model is loaded layer by layer, as vLLM loads a checkpoint again: what a kernel wants (packed,
@@ -76,33 +77,14 @@ class StreamedWeights(WeightTransferEngine[Feeds, Update]):
             finalize_layerwise_reload(self.model, self.model_config)
             if self.device.type == "cpu":
                 repack_heads(self.model)
+        if self.device.type == "cuda":
+            # Buckets and copies of layers: vLLM takes the cache's memory past torch's allocator,
+            # which would keep theirs for itself.
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def shutdown(self) -> None:
         self.receiver = None
-
-
-def drop_packed_experts(model: torch.nn.Module) -> None:
-    """Lets the experts' CPU kernel be made again from the weights that come.
-
-    vLLM 0.32 packs the weights of experts only when the layer has no kernel yet; after a second
-    load the kernel would read plain weights as packed ones: tokens are wrong, silently.
-    """
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
-
-
-def repack_heads(model: torch.nn.Module) -> None:
-    """Packs the head's weights for the CPU's kernel again.
-
-    vLLM 0.32 does so for a head that was loaded. One that is tied to the embedding is not: it would
-    go on with the packed weights that it started with.
-    """
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            method: Any = module.quant_method
-            method.process_weights_after_loading(module)
 
 
 class WorkerExtension:

@@ -27,6 +27,7 @@ def faults(
     is_cuda: bool = True,
     world_size: int = 8,
     dtype: str = "bfloat16",
+    model: dict[str, Any] | None = None,
     **rollout: Any,
 ) -> list[str]:
     engine = "hf" if vllm is None else "vllm"
@@ -37,7 +38,8 @@ def faults(
         ranks_per_stage=4,
         is_cuda=is_cuda,
         dtype=dtype,
-        hf_config=MODEL,
+        hf_config=MODEL | (model or {}),
+        max_tokens=100,
     )
 
 
@@ -46,7 +48,8 @@ def faults(
     [
         None,
         {},
-        {"tensor": 4, "expert_parallel": True, "quantization": "fp8"},
+        {"tensor": 4, "expert_parallel": True},
+        {"options": {"max_model_len": 100}},
         {"placement": "server", "engines": 8, "tensor": 16},
     ],
 )
@@ -64,6 +67,10 @@ def test_what_can_run_is_not_complained_about(vllm: dict[str, Any] | None) -> No
         ({"placement": "server", "engines": 9}, {}, "rollout.vllm.engines: 9 engines need as many"),
         ({"gpu_memory_utilization": 1.5}, {}, "gpu_memory_utilization: 1.5 is out of range"),
         ({"options": {"seed": 1}}, {}, "rollout.vllm.options: seed is megasd's to set"),
+        ({"options": {"hf_overrides": {}}}, {}, "hf_overrides is megasd's to set"),
+        ({"options": {"pipeline_parallel_size": 2}}, {}, "pipeline_parallel_size is megasd's"),
+        ({"options": {"max_model_len": 99}}, {}, "max_model_len 99 is less than the 100 tokens"),
+        ({"options": {"max_model_len": "8k"}}, {}, "max_model_len 8k is less than the 100 tokens"),
         ({"quantization": "fp8"}, {"dtype": "float32"}, "rollout.vllm.quantization: fp8 engines"),
         ({}, {"is_cuda": False}, "rollout.engine: vLLM on a CPU needs heads (head_dim) of 32"),
         ({"placement": "server", "tensor": 64}, {}, "64 does not divide the 32 attention heads"),
@@ -80,13 +87,42 @@ def test_what_cannot_run_is_refused_in_one_sentence(
 def test_experts_that_gpus_cannot_share_evenly_are_refused() -> None:
     vllm = {"placement": "server", "tensor": 32, "expert_parallel": True}
     assert faults(vllm) == []
-    config = RolloutConfig(engine="vllm", vllm=VLLMConfig(**vllm))  # pyright: ignore
-    (fault,) = check_engines(
-        config,
-        world_size=8,
-        ranks_per_stage=4,
-        is_cuda=True,
-        dtype="bfloat16",
-        hf_config=MODEL | {"num_experts": 48},
-    )
+    (fault,) = faults(vllm, model={"num_experts": 48})
     assert "32 GPUs (rollout.vllm.tensor) cannot share the 48 experts" in fault
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expert_parallel", "model", "wrong"),
+    [
+        (2, False, {}, []),  # 384 = 3 x 128
+        (
+            4,
+            False,
+            {},
+            ["moe_intermediate_size each of 4 GPUs (rollout.vllm.tensor) would have 192"],
+        ),
+        (4, True, {}, []),
+        (1, False, {"moe_intermediate_size": 704}, ["moe_intermediate_size each of 1 GPUs"]),
+        (4, True, {"moe_intermediate_size": 704}, ["moe_intermediate_size each of 4 GPUs"]),
+        (4, True, {"head_dim": 64}, []),
+        (8, True, {"head_dim": 64}, ["keys each of 8 GPUs (rollout.vllm.tensor) would have 64"]),
+        (16, True, {"head_dim": 64}, ["keys each of 16 GPUs"]),
+        (4, False, {"model_type": "qwen3", "intermediate_size": 9728}, []),
+        (8, False, {"model_type": "qwen3", "intermediate_size": 9728}, ["intermediate_size each"]),
+        (3, False, {}, ["3 does not divide the 32 attention heads"]),
+    ],
+)
+def test_float8_needs_whole_blocks_on_every_gpu(
+    tensor: int, expert_parallel: bool, model: dict[str, Any], wrong: list[str]
+) -> None:
+    """30B-A3B's experts among four GPUs, for example: 768 / 4 is one block and a half."""
+    vllm = {"tensor": tensor, "expert_parallel": expert_parallel, "quantization": "fp8"}
+    sizes = {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128}
+    found = faults(vllm | {"placement": "server"}, model=sizes | model)
+    assert len(found) == len(wrong)
+    for fault, sentence in zip(found, wrong, strict=True):
+        assert sentence in fault
+        assert "choose " in fault
+    assert faults(vllm | {"placement": "server", "quantization": "none"}, model=sizes | model) == (
+        found if tensor == 3 else []
+    )

