@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,19 @@ def test_logprobs_are_those_of_the_distribution_really_sampled_from(dense: Setup
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
     other_seed = dense.engine.generate([request_for(prompts()[0], seed=99)])
     assert other_seed[0].token_ids.tolist() != rollouts[0].token_ids.tolist()
+
+
+def test_more_prompts_than_a_step_holds_are_read_one_after_the_other(dense: Setup) -> None:
+    """6,400 tokens of seeded requests; a prompt read in parts would end an engine on a CPU."""
+    draws = np.random.default_rng(1)
+    long = [
+        replace(prompts()[i], token_ids=draws.integers(6, 90, size=200, dtype=np.int64))
+        for i in range(32)
+    ]
+    requests = [request_for(prompt, max_response_tokens=3) for prompt in long]
+    rollouts = dense.engine.generate(requests)
+    (alone,) = dense.engine.generate(requests[-1:])
+    np.testing.assert_array_equal(alone.token_ids, rollouts[-1].token_ids)
 
 
 def test_a_stop_string_or_stop_token_ends_a_response_with_all_sampled_tokens(
