@@ -71,7 +71,11 @@ def test_what_can_run_is_not_complained_about(vllm: dict[str, Any] | None) -> No
         ({"options": {"pipeline_parallel_size": 2}}, {}, "pipeline_parallel_size is megasd's"),
         ({"options": {"max_model_len": 99}}, {}, "max_model_len 99 is less than the 100 tokens"),
         ({"options": {"max_model_len": "8k"}}, {}, "max_model_len 8k is less than the 100 tokens"),
-        ({"quantization": "fp8"}, {"dtype": "float32"}, "rollout.vllm.quantization: fp8 engines"),
+        (
+            {"quantization": "fp8"},
+            {"dtype": "float32", "model": {"moe_intermediate_size": 128}},
+            "rollout.vllm.quantization: fp8 engines",
+        ),
         ({}, {"is_cuda": False}, "rollout.engine: vLLM on a CPU needs heads (head_dim) of 32"),
         ({"placement": "server", "tensor": 64}, {}, "64 does not divide the 32 attention heads"),
     ],
