@@ -49,15 +49,7 @@ def check_engines(
     vllm = rollout.vllm
     if needs_vllm and importlib.util.find_spec("vllm") is None:
         faults.append("rollout.engine: vllm is not installed; install it, or set the engine to hf")
-    if own := sorted(set(vllm.options) & set(OWN_OPTIONS)):
-        faults.append(f"rollout.vllm.options: {', '.join(own)} is megasd's to set; leave it out")
-    length = vllm.options.get("max_model_len", max_tokens)
-    if not isinstance(length, int) or length < max_tokens:
-        faults.append(
-            f"rollout.vllm.options: max_model_len {length} is less than the {max_tokens} tokens of "
-            "a prompt and its response (data.max_prompt_tokens, rollout.max_response_tokens); "
-            "leave it out"
-        )
+    faults += _options(vllm, max_tokens)
     if not 0 < vllm.gpu_memory_utilization <= 1:
         faults.append(
             f"rollout.vllm.gpu_memory_utilization: {vllm.gpu_memory_utilization} is out of range; "
@@ -82,6 +74,20 @@ def check_engines(
         + _cut(vllm.tensor, vllm.expert_parallel, hf_config)
         + (_fp8_cut(vllm, hf_config) if vllm.quantization == "fp8" and hf_config else [])
     )
+
+
+def _options(vllm: VLLMConfig, max_tokens: int) -> list[str]:
+    faults = []
+    if own := sorted(set(vllm.options) & set(OWN_OPTIONS)):
+        faults.append(f"rollout.vllm.options: {', '.join(own)} is megasd's to set; leave it out")
+    length = vllm.options.get("max_model_len", max_tokens)
+    if not isinstance(length, int) or length < max_tokens:
+        faults.append(
+            f"rollout.vllm.options: max_model_len {length} is less than the {max_tokens} tokens of "
+            "a prompt and its response (data.max_prompt_tokens, rollout.max_response_tokens); "
+            "leave it out"
+        )
+    return faults
 
 
 def _placement(

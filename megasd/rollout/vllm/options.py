@@ -62,19 +62,23 @@ def engine_options(
     if cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(cache_gib * GIB)
     if config.quantization == "fp8":
-        options["hf_overrides"] = {
-            "quantization_config": {
-                "quant_method": "fp8",
-                "fmt": "e4m3",
-                "activation_scheme": "dynamic",
-                "weight_block_size": [BLOCK, BLOCK],
-                "modules_to_not_convert": unquantized_modules(hf_shapes),
-            }
-        }
-        if any(".experts." in name for name in hf_shapes):
-            # Others of vLLM's kernels keep what they made of the first weights (vllm#41670).
-            options["moe_backend"] = "triton"
+        options |= _fp8(hf_shapes)
     return options | config.options
+
+
+def _fp8(hf_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    config = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": unquantized_modules(hf_shapes),
+    }
+    options: dict[str, Any] = {"hf_overrides": {"quantization_config": config}}
+    if any(".experts." in name for name in hf_shapes):
+        # Others of vLLM's kernels keep what they made of the first weights (vllm#41670).
+        options["moe_backend"] = "triton"
+    return options
 
 
 def visible_device(device: torch.device) -> str:
