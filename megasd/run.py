@@ -28,6 +28,7 @@ from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
 from megasd.metrics.run_folder import create_run_folder
 from megasd.policy import backend
+from megasd.process import together
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.build import build_engine
 from megasd.rollout.fleet import Fleet
@@ -73,13 +74,13 @@ def start_training(config: Config, *, resume: bool) -> bool:
                 create_run_folder(
                     folder, config=to_yaml(config), seed=config.run.seed, command=sys.argv
                 )
-            dist.barrier()
+            together.meet()
             checkpoints = Checkpoints(config.checkpoint, folder, policy, data.prompts)
             stack.callback(checkpoints.close)
             if resume:
                 checkpoints.restore()
             is_done = train(_assemble(config, data, policy, checkpoints, folder, phases, stack))
-        dist.barrier()  # launchers end the ranks that are left some time after the first
+        together.meet()  # launchers end the ranks that are left some time after the first
         if is_done and config.checkpoint.export_hf:
             export_hf(policy, config.model.path, folder / "hf", replace=True)
     return is_done

@@ -7,7 +7,6 @@ last checkpoint that is still what was written.
 """
 
 import contextlib
-import datetime
 import functools
 import re
 import shutil
@@ -30,12 +29,12 @@ from megasd.checkpoint.model_state import (
 from megasd.checkpoint.writer import Writing, in_words, stage
 from megasd.data.prompts import Prompts
 from megasd.policy.policy import Policy
+from megasd.process import together
 from megasd.process.durable import force_to_disk
 from megasd.process.errors import TryAgainError
 
 MAX_FAILED_SAVES = 3  # in a row, before a run that cannot save stops
 _PREFIX, _PARTIAL, _DAMAGED = "step_", "partial_", "damaged_"
-_WRITING_LIMIT = datetime.timedelta(hours=2)  # for the slowest rank's files
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -70,9 +69,7 @@ class Checkpoints:
         self.rows: list[str] = []  # of metrics.jsonl that could not be written yet, on rank 0
         self.next_step = 0  # the first step that is still to be done
         # Of the threads that write: they talk whenever they are done, not in the order of a step.
-        group = dist.new_group(backend="gloo", timeout=_WRITING_LIMIT)
-        assert isinstance(group, dist.ProcessGroup), "every rank is a member"
-        self._group = group
+        self._group = together.patient_group()
         self._writing: tuple[int, Writing] | None = None
         self._is_validated = False  # the plan of a save: its shards do not change in a run
         self._failed_saves = 0  # in a row
@@ -86,7 +83,7 @@ class Checkpoints:
         from them; what is sampled has its own seeds.
         """
         # A network file system may show ranks different folders for a while: the first one says.
-        steps = _from_first_rank(saved_steps(self.folder) if dist.get_rank() == 0 else None)
+        steps = together.from_first_rank(saved_steps(self.folder) if dist.get_rank() == 0 else None)
         whole, damaged = self._choose(steps)
         if steps and whole is None:
             found = ", and ".join(
@@ -97,7 +94,7 @@ class Checkpoints:
             )
         if dist.get_rank() == 0:
             self._tidy(damaged)
-        dist.barrier()
+        together.meet()
         if whole is not None:
             self._load(_path(self.folder, _PREFIX, whole))
 
@@ -116,11 +113,10 @@ class Checkpoints:
         found = None
         if dist.get_rank() == 0:
             found = look_at_files(folder)
-        files, wrong, trouble = _from_first_rank(found)
+        files, wrong, trouble = together.from_first_rank(found)
         if not wrong and not trouble:
             share = share_of(files, dist.get_rank(), dist.get_world_size())
-            everywhere: list[tuple[list[str], str]] = [([], "")] * dist.get_world_size()
-            dist.all_gather_object(everywhere, wrong_checksums(folder, files, share))
+            everywhere = together.from_every_rank(wrong_checksums(folder, files, share))
             wrong = [sentence for sentences, _ in everywhere for sentence in sentences]
             trouble = "; ".join(f"rank {i}: {t}" for i, (_, t) in enumerate(everywhere) if t)
         if trouble:  # no reason to give a checkpoint up
@@ -205,7 +201,7 @@ class Checkpoints:
                 partial.mkdir(parents=True)
             except OSError as error:
                 failure = in_words(error)
-        if failure := _from_first_rank(failure):
+        if failure := together.from_first_rank(failure):
             return self._sentence(next_step, failure)
         state = {
             **sharded_state(self.policy, loading=False),
@@ -228,8 +224,7 @@ class Checkpoints:
         step, writing = self._writing
         if wait:
             writing.wait(patiently=True)
-        said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, (writing.is_done, writing.failure))
+        said = together.from_every_rank((writing.is_done, writing.failure))
         if not all(is_done for is_done, _ in said):
             return None
         self._writing = None
@@ -273,12 +268,6 @@ class Checkpoints:
                 shutil.rmtree(rest)
             except OSError as error:
                 _warn(f"{_path(self.folder, prefix, saved)} cannot be removed: {in_words(error)}")
-
-
-def _from_first_rank(value: Any) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _warn(sentence: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megasd.policy.policy import Policy
+from megasd.process import together
 from megasd.weights.bucket import named_tensors
 from megasd.weights.hf_folder import write_hf_folder
 
@@ -17,7 +18,7 @@ def export_hf(policy: Policy, source: str | Path, target: Path, *, replace: bool
     every rank when rank 0 cannot write; `target` is then as it was.
     """
     tensors = named_tensors(policy.weight_buckets(whole=True))
-    failure: list[str | None] = [None]
+    failure = None
     if dist.get_rank() == 0:
         try:
             new = target.with_name(f"{target.name}.new") if replace and target.exists() else target
@@ -28,9 +29,9 @@ def export_hf(policy: Policy, source: str | Path, target: Path, *, replace: bool
                 shutil.rmtree(target)
                 new.rename(target)
         except ValueError as error:
-            failure = [str(error)]
+            failure = str(error)
     for _ in tensors:  # the rest of a walk that all ranks take together
         pass
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise ValueError(failure[0])
+    failure = together.from_first_rank(failure)
+    if failure is not None:
+        raise ValueError(failure)

@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megasd.checkpoint.manifest import MANIFEST_FILE, Files, describe, write_manifest
+from megasd.process import together
 from megasd.process.durable import force_to_disk
 from megasd.process.waiting import waiting_for
 
@@ -125,14 +126,9 @@ class Writing:
             results, files = _write(staged, self._partial)
         except Exception as error:
             failure = in_words(error)
-        is_first = dist.get_rank() == 0
-        said: list[Any] | None = [None] * dist.get_world_size() if is_first else None
-        dist.gather_object((results, files, failure), said, dst=0, group=self._group)
-        outcome: list[str | None] = [None]
-        if said is not None:
-            outcome = [self._finish(staged.plan, said)]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        return outcome[0]
+        said = together.to_first_rank((results, files, failure), self._group)
+        outcome = None if said is None else self._finish(staged.plan, said)
+        return together.from_first_rank(outcome, self._group)
 
     def _finish(self, plan: _Plan, said: list[Any]) -> str | None:
         """On the first rank, when every rank has written: what went wrong, or None."""

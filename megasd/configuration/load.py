@@ -50,7 +50,7 @@ class WatchdogConfig:
 
     factor: float = 10.0  # times the median time of a step, or of an evaluation; 0: never
     minimum_seconds: float = 600.0  # however short the steps are
-    slow_seconds: float = 3600.0  # start, first step, first evaluation, waits for a checkpoint
+    slow_seconds: float = 14400.0  # start, first step, first evaluation, waits for a checkpoint
 
 
 @dataclass(frozen=True)

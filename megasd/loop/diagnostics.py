@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasd.loop.experience import Experience
+from megasd.process import together
 from megasd.types import Credit, ResponseBatch, TokenIndex
 
 if TYPE_CHECKING:
@@ -62,14 +63,12 @@ class Diagnostics:
         if not 0 < self._limit <= max(counts):
             return
         here = OnRank(held_here(batch), [update.bad_gradients for update in updates])
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, here)
+        everywhere = together.from_every_rank(here)
         # The first rank to end takes the others with it: all wait until the bundle is on the disk.
-        sentence: list[Any] = [None]
+        sentence = ""
         if dist.get_rank() == 0:
-            sentence = [self._leave_bundle(step, experience, batch, credit, updates, everywhere)]
-        dist.broadcast_object_list(sentence)
-        raise ValueError(sentence[0])
+            sentence = self._leave_bundle(step, experience, batch, credit, updates, everywhere)
+        raise ValueError(together.from_first_rank(sentence))
 
     def _leave_bundle(
         self,

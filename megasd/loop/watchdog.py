@@ -28,7 +28,7 @@ import torch.distributed as dist
 import megasd
 from megasd.configuration.load import WatchdogConfig
 from megasd.metrics.phases import Phases
-from megasd.process import waiting
+from megasd.process import together, waiting
 
 EXIT_CODE = 86
 SUMMARY_FILE = "summary.txt"
@@ -133,8 +133,7 @@ class Watchdog:
         self._rank = dist.get_rank()
         self._main = threading.get_ident()
         own = (socket.gethostname(), time.strftime("%Y%m%d-%H%M%S"))
-        everyone: list[tuple[str, str]] = [own] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
+        everyone = together.from_every_rank(own)
         self._hosts = [host for host, _ in everyone]
         self._folder = run_folder / "hangs" / everyone[0][1]
         # Looked at often enough that the first report of a hang finds the others within seconds.
@@ -222,7 +221,7 @@ class Watchdog:
             file, name = frame.f_code.co_filename, frame.f_code.co_name
             if file.endswith(_COLLECTIVES):
                 collective = name  # the outermost is what was called
-            elif file.startswith(_OUR_FILES) and not line:
+            elif file.startswith(_OUR_FILES) and file != together.__file__ and not line:
                 line = f"{file.removeprefix(_OUR_FILES)}:{frame.f_lineno} in {name}"
             frame = frame.f_back
         return Place(

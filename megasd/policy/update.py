@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from megasd.policy.head.divergence import full_divergence
 from megasd.policy.head.head import HeadOutput
 from megasd.policy.sequences import pack
 from megasd.policy.state import PolicyState
+from megasd.process import together
 from megasd.types import (
     Credit,
     DivergenceKind,
@@ -310,8 +311,7 @@ def _bad_gradients(state: PolicyState) -> dict[str, int]:
 
 def _averages(sums: Mapping[str, Tensor], *, num_tokens: int) -> dict[str, float]:
     """The loss summed, metrics averaged over the tokens read, from the ranks that speak."""
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, {name: float(value) for name, value in sums.items()})
+    everywhere = together.from_every_rank({name: float(value) for name, value in sums.items()})
     names = sorted({name for one in everywhere for name in one})
     totals = {name: _sum(one.get(name, 0.0) for one in everywhere) for name in names}
     return {n: t if n == "loss" else t / num_tokens for n, t in totals.items()}

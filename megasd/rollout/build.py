@@ -1,13 +1,13 @@
 """From config to this rank's engine."""
 
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from megasd.process import together
 from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import RolloutEngine
 from megasd.rollout.placement import Seat
@@ -33,7 +33,7 @@ def build_engine(
     Each engine's library is imported only when it is chosen.
     """
     seat = seating.get(dist.get_rank())
-    group = _engine_group(seating, timedelta(seconds=2 * config.vllm.start_timeout_seconds))
+    group = _engine_group(seating)
     if seat is None:
         return None
     if config.engine == "hf":
@@ -58,7 +58,7 @@ def build_engine(
     )
 
 
-def _engine_group(seating: Mapping[int, Seat], timeout: timedelta) -> dist.ProcessGroup | None:
+def _engine_group(seating: Mapping[int, Seat]) -> dist.ProcessGroup | None:
     """The group of the ranks that share this rank's engine, for objects; None for one rank.
 
     All ranks make all groups in one order, so that none can wait for another that is never made.
@@ -67,7 +67,7 @@ def _engine_group(seating: Mapping[int, Seat], timeout: timedelta) -> dist.Proce
     mine: Any = None  # typed as a group or a number by torch
     for number in sorted({seat.number for seat in seating.values() if seat.size > 1}):
         ranks = sorted(rank for rank, seat in seating.items() if seat.number == number)
-        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+        group = together.patient_group(ranks)
         if dist.get_rank() in ranks:
             mine = group
     return mine

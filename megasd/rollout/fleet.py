@@ -4,13 +4,14 @@ Every method is called by all ranks. An engine that is lost is started anew with
 and only the requests that it still owed are sampled again.
 """
 
+import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-import torch.distributed as dist
 
+from megasd.process import together
 from megasd.rollout.config import SyncConfig
 from megasd.rollout.engine import EngineLostError, Request, RolloutEngine
 from megasd.rollout.placement import Seat
@@ -20,6 +21,7 @@ from megasd.types import Rollout
 from megasd.weights.bucket import Bucket
 
 ATTEMPTS = 3
+_RATE = "engine/tokens_per_second"
 
 
 class Weights(Protocol):
@@ -60,6 +62,8 @@ class Fleet:
         self._syncs = self._restarts = 0
         self._probe_gap: float | None = None
         self._lost = ""  # why this rank's engine is gone; empty: it is there
+        self._own: dict[str, float] = {}  # what this rank's engine said since `generate` was called
+        self._tokens, self._seconds = 0, 0.0  # that it sampled, and took for them
         self._metrics: dict[str, float] = {}
 
     def send(self, weights: Weights) -> None:
@@ -84,6 +88,7 @@ class Fleet:
         """One rollout per request, in their order, the same on every rank."""
         rollouts: list[Rollout | None] = [None] * len(requests)
         missing, reasons = list(range(len(requests))), []
+        self._own, self._tokens, self._seconds = {}, 0, 0.0
         for _ in range(ATTEMPTS):
             answers = self._spread.map([requests[i] for i in missing], self._generate_share)
             for place, rollout in zip(missing, answers, strict=True):
@@ -118,15 +123,27 @@ class Fleet:
 
     def _generate_share(self, share: Sequence[Request]) -> list[Rollout | None]:
         assert self.engine is not None
-        if self._lost:
+        if self._lost or not share:
             return [None] * len(share)
+        start = time.monotonic()
+        rollouts: list[Rollout | None]
         try:
-            return list(self.engine.generate(share))
+            rollouts = list(self.engine.generate(share))
+            self._note(self.engine.metrics())
         except EngineLostError as error:
             self._lost = str(error)
             there = iter(error.rollouts)
             gone = set(error.missing)
-            return [None if i in gone else next(there) for i in range(len(share))]
+            rollouts = [None if i in gone else next(there) for i in range(len(share))]
+        self._tokens += sum(len(one.token_ids) for one in rollouts if one is not None)
+        self._seconds += time.monotonic() - start
+        return rollouts
+
+    def _note(self, said: Mapping[str, float]) -> None:
+        """Of one attempt; an engine may make several. What it counts, it counts itself."""
+        for name, value in said.items():
+            before = self._own.get(name, value)
+            self._own[name] = max(before, value) if name.endswith("_max") else value
 
     def _load(self, *, everywhere: bool, check: bool) -> None:
         """Send to all engines, or to those that are lost; again to those lost meanwhile."""
@@ -149,7 +166,7 @@ class Fleet:
     def _walk(self, takes: bool, check: bool) -> None:
         """All ranks gather the weights together; those that take part load them on the way."""
         assert self._weights is not None
-        buckets, failure = self._weights.weight_buckets(), None
+        buckets, failure = self._buckets(), None
         if takes:
             assert self.engine is not None
             self._lost = ""
@@ -163,11 +180,16 @@ class Fleet:
             pass
         _raise_everywhere(failure)
 
+    def _buckets(self) -> Iterator[Bucket]:
+        """Asked for when an engine is there to take them, which may take it long to be."""
+        assert self._weights is not None
+        together.meet()  # for whoever waits in what comes now has a deadline
+        yield from self._weights.weight_buckets()
+
     def _lost_engines(self) -> dict[int, str]:
         """Why, by number of the engine."""
-        everywhere: list[tuple[int, str] | None] = [None] * dist.get_world_size()
         mine = (self._seat.number, self._lost) if self._seat is not None and self._lost else None
-        dist.all_gather_object(everywhere, mine)
+        everywhere = together.from_every_rank(mine)
         return dict(entry for entry in everywhere if entry is not None)
 
     def _compare(self, weights: Weights) -> None:
@@ -186,16 +208,15 @@ class Fleet:
                     )
             except Exception:
                 failure = traceback.format_exc()
-        everywhere: list[float] = [0.0] * dist.get_world_size()
-        dist.all_gather_object(everywhere, found)
-        self._probe_gap = max(everywhere)
+        self._probe_gap = max(together.from_every_rank(found))
         _raise_everywhere(failure)
 
     def _gather_metrics(self) -> list[str]:
         """Adds up what the engines say (`_max` in a name: the largest); why any of them is lost."""
-        own = self.engine.metrics() if self.engine is not None and not self._lost else {}
-        everywhere: list[tuple[dict[str, float], str]] = [({}, "")] * dist.get_world_size()
-        dist.all_gather_object(everywhere, (own, self._lost))
+        own = dict(self._own)
+        if _RATE in own:
+            own[_RATE] = self._tokens / self._seconds
+        everywhere = together.from_every_rank((own, self._lost))
         self._metrics = {}
         for name in sorted({name for metrics, _ in everywhere for name in metrics}):
             values = [metrics[name] for metrics, _ in everywhere if name in metrics]
@@ -205,8 +226,6 @@ class Fleet:
 
 def _raise_everywhere(failure: str | None) -> None:
     """What one rank raises is raised on every rank: nobody is left waiting."""
-    everywhere: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, failure)
-    for rank, one in enumerate(everywhere):
+    for rank, one in enumerate(together.from_every_rank(failure)):
         if one is not None:
             raise RuntimeError(f"rank {rank} failed: {one}")

@@ -3,9 +3,9 @@
 import itertools
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch.distributed as dist
+from megasd.process import together
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,8 +37,7 @@ class Spread:
                 assert len(results) == end - start, "one result per item"
             except Exception:
                 failure = traceback.format_exc()
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, (self.worker, list(results), failure))
+        everywhere = together.from_every_rank((self.worker, list(results), failure))
         for rank, (_, _, one_failure) in enumerate(everywhere):
             if one_failure is not None:
                 raise RuntimeError(f"rank {rank} failed:\n{one_failure}")

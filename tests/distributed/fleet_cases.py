@@ -1,6 +1,8 @@
 """Engines that die when they are told to, and what ranks do with them."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from megasd.rollout.config import SyncConfig
 from megasd.rollout.engine import EngineLostError, Request
 from megasd.rollout.fleet import Fleet
 from megasd.rollout.placement import Seat
+from megasd.rollout.spread import Spread
 from megasd.types import Prompt, Rollout
 from megasd.weights.bucket import Bucket
 
@@ -33,8 +36,15 @@ class FakePolicy:
 class FakeEngine:
     """Answers with its version; `deaths` say at which calls of what it dies."""
 
-    def __init__(self, name: int, deaths: Sequence[tuple[str, int]], bias: float = 0.0) -> None:
-        self.name, self.deaths, self.bias = name, list(deaths), bias
+    def __init__(
+        self,
+        name: int,
+        deaths: Sequence[tuple[str, int]],
+        bias: float = 0.0,
+        slowness: float = 0.0,  # seconds, to start and to sample
+    ) -> None:
+        self.name, self.deaths, self.bias, self.slowness = name, list(deaths), bias, slowness
+        self.share = 0  # of the last call
         self.calls: dict[str, int] = {"load": 0, "generate": 0}
         self.value: float | None = None
         self.checks: list[bool] = []
@@ -47,6 +57,7 @@ class FakeEngine:
     def load_weights(self, buckets: Iterable[Bucket], version: int, *, check: bool = True) -> None:
         self.value = None
         self.checks.append(check)
+        time.sleep(self.slowness)
         walk = iter(buckets)
         next(walk)
         if self._dies("load"):
@@ -59,6 +70,8 @@ class FakeEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         assert self.value is not None, "no weights"
+        time.sleep(self.slowness)
+        self.share = len(requests)
         dies = self._dies("generate")
         done = requests[: len(requests) // 2] if dies else requests
         rollouts = [self._rollout(request) for request in done]
@@ -86,7 +99,8 @@ class FakeEngine:
         return [np.full(len(ids) - 1, -1.0 + self.bias) for ids in sequences]
 
     def metrics(self) -> dict[str, float]:
-        return {"speed": 1.0, "queue_max": float(self.name)}
+        share = {"share_max": self.share, "engine/tokens_per_second": 1e9 * self.share}
+        return {"speed": 1.0, "queue_max": float(self.name)} | share
 
     def sleep(self) -> None:
         self.value = None
@@ -140,6 +154,27 @@ def live_through(deaths: dict[int, list[tuple[str, int]]]) -> dict[str, Any]:
         "checks": engine.checks if engine else None,
         "answered": sorted(engine.answered) if engine else None,
     }
+
+
+def outlast_the_deadline() -> list[int]:
+    """Engine 0 takes twice the time that collectives of the default group have; so do rewards."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.25), dist.group.WORLD)
+    fleet = fleet_of({})
+    engine: Any = fleet.engine
+    if dist.get_rank() == 0:
+        engine.slowness = 0.5
+    fleet.send(FakePolicy())
+    samples = [rollout.sample for rollout in fleet.generate(requests(4))]
+    judge = Spread(0 if dist.get_rank() == 0 else None, 1)
+    return judge.map(samples, lambda share: time.sleep(0.5) or list(share))
+
+
+def sample_through_a_death() -> dict[str, float]:
+    """Shares of 4 and 5; the second dies after two, then the shares are 1 and 2."""
+    fleet = fleet_of({1: [("generate", 1)]})
+    fleet.send(FakePolicy())
+    fleet.generate(requests(9))
+    return fleet.metrics()
 
 
 def compare_on_a_probe(bias: float) -> float:

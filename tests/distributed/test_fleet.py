@@ -32,6 +32,17 @@ def test_a_lost_engine_comes_back_with_the_same_weights_and_does_what_it_still_o
         assert results[0]["checks"] == [True, False, True]
 
 
+def test_no_deadline_of_collectives_ends_a_wait_for_an_engine_or_a_reward(ranks: Ranks) -> None:
+    assert ranks.run(cases.outlast_the_deadline, world_size=4) == [[0, 1, 2, 3]] * 4
+
+
+def test_figures_of_a_step_are_of_all_its_attempts(ranks: Ranks) -> None:
+    for metrics in ranks.run(cases.sample_through_a_death, world_size=4):
+        assert metrics["share_max"] == 4.0
+        # Nine tokens, by a clock: not what an engine says of its last share.
+        assert 0 < metrics["engine/tokens_per_second"] < 1e9
+
+
 def test_an_engine_that_dies_again_and_again_ends_the_run_with_its_reasons(ranks: Ranks) -> None:
     always = [("load", attempt) for attempt in range(1, 9)]
     with pytest.raises(RankError) as failure:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megasd.process import together
 from megasd.process.waiting import first_of, waiting_for
 from megasd.rollout.config import VLLMConfig
 from megasd.rollout.engine import EngineLostError, Request, response_text, stop_ids
@@ -466,9 +467,7 @@ class VLLMEngine:
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self._size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return together.from_every_rank(value, self._group)
 
     def _together(self, work: Callable[[], None]) -> str:
         """Done on every rank; returns what went wrong on any of them, and "" where nothing did."""
