@@ -11,6 +11,7 @@ starts another one, with the next incarnation number.
 """
 
 import itertools
+import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megasd.process import together
+from megasd.process.memory import give_back_cached_memory
 from megasd.process.waiting import first_of, waiting_for
 from megasd.rollout.config import VLLMConfig
 from megasd.rollout.engine import EngineLostError, Request, response_text, stop_ids
@@ -32,9 +34,9 @@ from megasd.rollout.vllm.link import (
     Link,
     LocalHost,
     last_lines,
-    own_address,
 )
 from megasd.rollout.vllm.options import engine_options, visible_device
+from megasd.rollout.vllm.sampling import asked
 from megasd.rollout.vllm.send import Arrivals, Channel, Feed, TransportKind, announce_failure
 from megasd.types import Rollout
 from megasd.weights.bucket import Bucket
@@ -108,7 +110,9 @@ class VLLMEngine:
         if self._shares_gpus:
             devices = self._gather(visible_device(device))
             self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        failure = self._together(self._start)
+        # Of all its ranks: its workers, and those of theirs, would crowd on the owner's.
+        self._cpus = sorted(set().union(*self._gather(os.sched_getaffinity(0))))
+        failure = self._together(self._make_room) or self._together(self._start)
         if self._shares_gpus:  # vLLM measures free memory as it starts: nobody may take any
             failure = failure or self._together(self._await_ready)
         if failure:
@@ -121,7 +125,7 @@ class VLLMEngine:
     def load_weights(self, buckets: Iterable[Bucket], version: int, *, check: bool = True) -> None:
         self._version = None
         update = next(self._updates)
-        no_engine = self._together(self._revive)
+        no_engine = self._together(self._make_room) or self._together(self._revive)
         failure = no_engine or self._join() or self._together(lambda: self._begin(update, version))
         arrivals = Arrivals(self._shapes)
         sending = None if failure else self._channel
@@ -130,8 +134,8 @@ class VLLMEngine:
             arrivals.take(bucket)
             if sending is None or arrivals.errors:
                 continue
-            travels = quantized(bucket) if self._config.quantization == "fp8" else bucket
             try:
+                travels = quantized(bucket) if self._config.quantization == "fp8" else bucket
                 sending.send(travels, check=check, tamper=self.tamper)
             except RuntimeError as error:
                 own_failure, sending = self._why(error), None
@@ -144,6 +148,11 @@ class VLLMEngine:
             kind = RuntimeError if incomplete or no_engine else EngineLostError
             raise kind(lost)
         self._version = version
+
+    def _make_room(self) -> None:
+        """On every rank before the engine starts or wakes on its GPU, which takes what is free."""
+        if self._shares_gpus:
+            give_back_cached_memory()
 
     def _revive(self) -> None:
         """A process that is there and can be asked for something."""
@@ -178,16 +187,11 @@ class VLLMEngine:
             self._channel.close()
         self._channel = Channel(
             kind,
-            self._reachable_at(),
+            self._host.listen_on() or "127.0.0.1",
             workers,
             device=self._device,
             timeout_seconds=self._config.timeout_seconds,
         )
-
-    def _reachable_at(self) -> str:
-        if isinstance(self._host, AgentHost):
-            return own_address(self._host.found()["host"])
-        return "127.0.0.1"
 
     def _join_channel(self, feeds: Sequence[Feed]) -> None:
         """Trainer and workers join at the same time; each channel has one trainer rank only."""
@@ -227,7 +231,13 @@ class VLLMEngine:
         finished: list[float] = []
         try:
             with waiting_for(lambda: f"{self._name}: {_missing(requests, rollouts)}"):
-                for i, response in self._ask([self._sampling(request) for request in requests]):
+                for i, response in self._ask(
+                    [asked(request, self._stop_ids) for request in requests]
+                ):
+                    if response["finish_reason"] not in ("stop", "length"):  # "abort", "error"
+                        raise _LostError(
+                            f"it ended {requests[i].name} with {response['finish_reason']!r}"
+                        )
                     rollouts[i] = self._rollout(requests[i], response, version)
                     finished.append(time.monotonic() - start)
         except _RefusedError as refused:
@@ -247,10 +257,9 @@ class VLLMEngine:
     def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         self._current_version()
         sampling = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
-        asked = [(sequence.tolist(), sampling) for sequence in sequences]
         scores: dict[int, np.ndarray] = {}
         try:
-            for i, response in self._ask(asked):
+            for i, response in self._ask([(one.tolist(), sampling) for one in sequences]):
                 scores[i] = response["logprobs"]
         except _RefusedError as refused:
             raise ValueError(f"vLLM refuses sequence {refused.index}: {refused}") from None
@@ -262,18 +271,18 @@ class VLLMEngine:
         return [scores[i] for i in range(len(sequences))]
 
     def _ask(
-        self, asked: Sequence[tuple[list[int], dict[str, Any]]]
+        self, prompts: Sequence[tuple[list[int], dict[str, Any]]]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(index, response) as they finish. `asked`: token ids and vLLM's sampling parameters."""
+        """(index, response) as they finish. `prompts`: token ids and how to go on."""
         link = self._link
         assert link is not None
         call = next(self._calls)
-        ids = {f"{call}.{i}": i for i in range(len(asked))}
+        ids = {f"{call}.{i}": i for i in range(len(prompts))}
         link.send(
             "generate",
             [
                 {"id": request, "token_ids": token_ids, "sampling": sampling}
-                for request, (token_ids, sampling) in zip(ids, asked, strict=True)
+                for request, (token_ids, sampling) in zip(ids, prompts, strict=True)
             ],
         )
         start = time.monotonic()
@@ -295,20 +304,6 @@ class VLLMEngine:
             if ids:
                 link.send("abort")
 
-    def _sampling(self, request: Request) -> tuple[list[int], dict[str, Any]]:
-        sampling: dict[str, Any] = {
-            "temperature": request.temperature,
-            "seed": request.seed,
-            "max_tokens": request.max_response_tokens,
-            "stop_token_ids": self._stop_ids,
-            "logprobs": 0,  # of the sampled token only
-        }
-        if request.temperature > 0:
-            sampling |= {"top_p": request.top_p, "top_k": request.top_k, "min_p": request.min_p}
-        if request.stop:
-            sampling["stop"] = list(request.stop)
-        return request.prompt.token_ids.tolist(), sampling
-
     def _rollout(self, request: Request, response: dict[str, Any], version: int) -> Rollout:
         token_ids, logprobs = response["token_ids"], response["logprobs"]
         if not np.isfinite(logprobs).all():
@@ -316,7 +311,6 @@ class VLLMEngine:
                 f"the weights of version {version} give log-probs that are not finite"
             )
         assert len(logprobs) == len(token_ids), "one log-prob per token"
-        assert response["finish_reason"] in ("stop", "length"), response["finish_reason"]
         return Rollout(
             prompt=request.prompt,
             group_id=request.group_id,
@@ -376,6 +370,8 @@ class VLLMEngine:
         self._started += 1
         link = Link(self._started, self._host.listen_on())
         job = {"options": self._options, "environment": self._environment}
+        if self._config.placement == "colocated":
+            job["cpus"] = self._cpus
         try:
             self._host.start(job | link.address())
         except BaseException:
@@ -393,12 +389,15 @@ class VLLMEngine:
         return None if self._link is None else self._link.pid
 
     def _await(self, wanted: str, seconds: float | None = None) -> Any:
-        """Until the process has done what it was asked for; `seconds`: no later than that."""
+        """Until the process has done what it was asked for; `seconds`: no later than that.
+
+        What counts is what it gets done: its heart beats whatever it hangs in.
+        """
         link, start = self._link, time.monotonic()
         assert link is not None
         while True:
             kind, content = self._next(
-                lambda: max(start, link.last_sign) if seconds is None else start,
+                lambda: max(start, link.last_step) if seconds is None else start,
                 self._patience if seconds is None else seconds,
             )
             if kind == wanted:

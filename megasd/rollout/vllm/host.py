@@ -6,7 +6,8 @@ The job starts it on each engine node:
 
 It writes its address and a secret into FOLDER/NAME.json, readable by its user only, and serves one
 trainer and one engine at a time: a trainer that comes later takes over, and an engine ends with the
-connection to its trainer, or with the agent.
+connection to its trainer, or with the agent. Strangers on its port, engines that die and engines
+that cannot be started or ended change nothing for the agent.
 """
 
 import argparse
@@ -14,15 +15,16 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 from contextlib import suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megasd.rollout.vllm.link import LocalProcess, described_exit, hang_up
+from megasd.rollout.vllm.door import Door, hang_up
+from megasd.rollout.vllm.link import LocalProcess, described_exit
 
 
 class Agent:
@@ -34,38 +36,39 @@ class Agent:
         self._trainer: Connection | None = None
         self._lock = threading.Lock()  # one engine at a time
         key = os.urandom(32)
-        self._listener = Listener((host, port), "AF_INET", authkey=key)
+        self._door = Door(host, key, self._obey, port=port)
         self.file = folder / f"{name}.json"
-        address: Any = self._listener.address  # (host, port)
+        address: Any = self._door.address  # (host, port)
         secret = {"host": address[0], "port": address[1], "key": key.hex(), "pid": os.getpid()}
         _write_secret(self.file, secret)
 
-    def serve(self) -> None:
-        while True:
-            try:
-                trainer = self._listener.accept()
-            except (AuthenticationError, EOFError, ConnectionError):
-                continue  # somebody without the secret
-            with self._lock:
-                before, self._trainer = self._trainer, trainer
-                self._end_engine()
+    def _obey(self, trainer: Connection) -> None:
+        with self._lock:
+            before, self._trainer = self._trainer, trainer
             if before is not None:
                 hang_up(before)
-            threading.Thread(target=self._obey, args=[trainer], daemon=True).start()
-
-    def _obey(self, trainer: Connection) -> None:
+            self._answer("fence", None)
         with suppress(EOFError, OSError):
             while True:
                 kind, content = trainer.recv()
                 with self._lock:
                     if trainer is not self._trainer:
-                        return
+                        break
                     trainer.send(self._answer(kind, content))
         with self._lock:
             if trainer is self._trainer:
-                self._end_engine()
+                self._answer("fence", None)
+        trainer.close()
 
-    def _answer(self, kind: str, content: Any) -> Any:
+    def _answer(self, kind: str, content: Any) -> str | None:
+        """None, or why there is no engine."""
+        try:
+            return self._done(kind, content)
+        except Exception as error:  # the next one may do better
+            print(f"megasd: warning: {kind}: {error!r}", file=sys.stderr, flush=True)
+            return str(error) or repr(error)
+
+    def _done(self, kind: str, content: Any) -> str | None:
         if kind == "start":
             self._end_engine()
             self._process = LocalProcess(content, self._log)
@@ -82,6 +85,7 @@ class Agent:
         self._process = None
 
     def close(self) -> None:
+        self._door.close()
         self._end_engine()
         self.file.unlink(missing_ok=True)
 
@@ -117,7 +121,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
-    agent.serve()
+    threading.Event().wait()  # for the end of the job
 
 
 if __name__ == "__main__":

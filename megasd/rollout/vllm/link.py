@@ -8,7 +8,6 @@ trusted again after its connection closed.
 import json
 import os
 import queue
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,18 +17,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+
+from megasd.rollout.vllm.door import GREETING_SECONDS, Door, call, hang_up
 
 Message = tuple[str, Any]
 COMMAND = (sys.executable, "-m", "megasd.rollout.vllm.process")
 ANSWER_SECONDS = 60.0
 CLOSED = "its connection closed"
 LOG_LINES = 15  # of an engine's log in an error
+LONGEST_TMPDIR = 60  # characters: vLLM puts sockets there, whose names may have 107
 # They would make vLLM believe that it is a rank of the trainer ...
 LEAKING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 LEAKING += ("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_")
@@ -49,6 +50,8 @@ ENVIRONMENT = {
 def engine_environment(base: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
     """What an engine process inherits: nothing that names a rank of the trainer."""
     kept = {name: value for name, value in base.items() if not name.startswith(LEAKING)}
+    if len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+        kept["VLLM_RPC_BASE_PATH"] = "/tmp"
     return kept | ENVIRONMENT | dict(extra)
 
 
@@ -71,6 +74,9 @@ class LocalProcess:
                 start_new_session=True,
             )
         self.pid = self._process.pid
+        if cpus := job.get("cpus"):  # before it starts threads
+            with suppress(OSError):  # some of them are not this job's
+                os.sched_setaffinity(self.pid, cpus)
         assert self._process.stdin is not None
         # By stdin: the key must not show in a list of processes.
         with suppress(BrokenPipeError):
@@ -127,18 +133,14 @@ class Link:
         self.on_lost: Callable[[str], None] | None = None
         self._key = os.urandom(32)
         self._connection: Connection | None = None
-        self._folder: Path | None = None
-        if host is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="engine-"))
-            self._listener = Listener(str(self._folder / "socket"), "AF_UNIX", authkey=self._key)
-        else:
-            self._listener = Listener((host, 0), "AF_INET", authkey=self._key)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._first = threading.Lock()  # taken once, by the process that called
+        self._door = Door(host, self._key, self._take)
+        self._address = self._door.address
 
     def address(self) -> dict[str, Any]:
         """For the engine process; plain values."""
-        address = self._listener.address
-        return {"address": address, "key": self._key.hex(), "incarnation": self.incarnation}
+        incarnation = self.incarnation
+        return {"address": self._address, "key": self._key.hex(), "incarnation": incarnation}
 
     @property
     def connected(self) -> bool:
@@ -153,17 +155,15 @@ class Link:
         except OSError as error:
             self._lose(f"it cannot be reached: {error}")
 
-    def _read(self) -> None:
-        while self._connection is None:
-            try:
-                self._connection = self._listener.accept()
-            except AuthenticationError:
-                continue
-            except (OSError, EOFError):
-                return self._lose("its connection was never made")
+    def _take(self, connection: Connection) -> None:
+        if self.lost is not None or not self._first.acquire(blocking=False):
+            return connection.close()
+        self.last_sign = time.monotonic()
+        self._connection = connection
+        self._door.close()
         try:
             while True:
-                kind, content = self._connection.recv()
+                kind, content = connection.recv()
                 self.last_sign = time.monotonic()
                 if kind == "beat":
                     self._take_beat(content)
@@ -174,7 +174,7 @@ class Link:
                     self.inbox.put((kind, content))
         except (EOFError, OSError):
             self._lose(CLOSED)
-            self._connection.close()
+            connection.close()
 
     def _take_beat(self, beat: dict[str, Any]) -> None:
         if beat["steps"] != self.beat.get("steps"):
@@ -189,15 +189,9 @@ class Link:
 
     def close(self) -> None:
         self._lose("it was closed")
-        if self._connection is None:  # wakes the thread, which waits for a call
-            with suppress(OSError, EOFError, AuthenticationError):
-                Client(self._listener.address, authkey=self._key).close()
-        with suppress(OSError):
-            self._listener.close()
+        self._door.close()
         if self._connection is not None:
             hang_up(self._connection)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Host(Protocol):
@@ -251,14 +245,17 @@ class AgentHost:
     def __init__(self, file: Path, timeout_seconds: float) -> None:
         self._file, self._timeout = file, timeout_seconds
         self._agent: Connection | None = None
+        self._node = ""  # of the agent that is connected
         self._death: str | None = None
 
     def listen_on(self) -> str | None:
-        return own_address(self.found()["host"])
+        self._agent = self._agent or self._connect()
+        return own_address(self._node)
 
     def start(self, job: Mapping[str, Any]) -> None:
         self._death = None
-        self._ask("start", dict(job))
+        if trouble := self._ask("start", dict(job)):
+            raise RuntimeError(f"the agent that wrote {self._file} cannot start it: {trouble}")
 
     def death(self) -> str | None:
         return self._ask("health")
@@ -274,7 +271,9 @@ class AgentHost:
     def found(self) -> dict[str, Any]:
         """The address that the agent wrote."""
         end = time.monotonic() + self._timeout
-        while not self._file.is_file():
+        while True:
+            with suppress(FileNotFoundError):
+                return json.loads(self._file.read_text())
             if time.monotonic() > end:
                 raise RuntimeError(
                     f"no agent wrote {self._file} in {self._timeout:.0f} s: start "
@@ -282,22 +281,28 @@ class AgentHost:
                     f"--name {self._file.stem}` on the engine's node"
                 )
             time.sleep(0.1)
-        return json.loads(self._file.read_text())
 
     def _connect(self) -> Connection:
-        """To the agent that is there; one that was started again wrote another address."""
+        """To the agent that is there; one that was started again wrote another address.
+
+        A file may outlive its agent, and another service have its port meanwhile.
+        """
         end = time.monotonic() + self._timeout
         while True:
             agent = self.found()
+            self._node = agent["host"]
             try:
-                return Client(
-                    (agent["host"], agent["port"]), "AF_INET", authkey=bytes.fromhex(agent["key"])
+                return call(
+                    (self._node, agent["port"]),
+                    bytes.fromhex(agent["key"]),
+                    min(GREETING_SECONDS, self._timeout),
                 )
-            except (OSError, EOFError, AuthenticationError) as error:
+            except OSError as error:
                 if time.monotonic() > end:
                     raise RuntimeError(
-                        f"the agent that wrote {self._file} does not answer at "
-                        f"{agent['host']}:{agent['port']} ({error}): start it again"
+                        f"the agent that wrote {self._file} (process {agent['pid']} on "
+                        f"{self._node}) does not answer at port {agent['port']} ({error}): "
+                        "start it again"
                     ) from error
                 time.sleep(0.2)
 
@@ -321,12 +326,6 @@ class AgentHost:
             return self._death
 
 
-def hang_up(connection: Connection) -> None:
-    """Ends a connection that another thread reads: that thread sees its end and closes it."""
-    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
-        end.shutdown(socket.SHUT_RDWR)
-
-
 def own_address(peer: str) -> str:
     """The address of this machine on the way to `peer`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -337,7 +336,8 @@ def own_address(peer: str) -> str:
 def described_exit(code: int) -> str:
     if code >= 0:
         return f"its process exited with code {code}"
-    return f"its process was killed by {signal.Signals(-code).name}"
+    names = {one.value: one.name for one in signal.Signals}
+    return f"its process was killed by {names.get(-code, f'signal {-code}')}"
 
 
 def last_lines(log: Path) -> str:

@@ -111,6 +111,10 @@ class Engine:
         self._wire.state = {"steps": self._wire.state["steps"] + 1, "running": running, **now}
         self._peaks = {name: max(now[name], self._peaks[name]) for name in now}
 
+    def _advance(self) -> None:
+        """Tells the trainer that something was done: it replaces an engine that hangs."""
+        self._wire.state = self._wire.state | {"steps": self._wire.state["steps"] + 1}
+
     def on_join(self, feeds: list[dict[str, Any]]) -> None:
         self._vllm.init_weight_transfer_engine({"init_info": {"feeds": feeds}})
         self._wire.send("joined")
@@ -121,9 +125,12 @@ class Engine:
         self._version = None
         if self._asleep:
             self._vllm.wake_up(["weights"])
+        self._advance()
         self._vllm.start_weight_update()
         self._vllm.update_weights({"update_info": {"number": content["number"]}})
+        self._advance()
         self._vllm.finish_weight_update()
+        self._advance()
         if self._asleep:
             self._vllm.wake_up(["kv_cache"])
             self._asleep = False

@@ -6,9 +6,9 @@ number; its keys in the store start with it. Per bucket the trainer writes a hea
 travel; a last header ends the update with the number of buckets. After a failure nothing more
 comes: the engine is discarded anyway.
 
-Transports: `gloo` (CPU) and `nccl` broadcast each bucket in a process group of the channel's own;
-`ipc` lets the worker on the same GPU map the trainer's memory, and waits for its acknowledgement.
-`nccl` and `ipc` were not yet run on a GPU.
+Transports: `gloo` (CPU) and `nccl` broadcast each bucket among the ends of the channel; `ipc` lets
+the worker on the same GPU map the trainer's memory, and waits for its acknowledgement. `nccl` and
+`ipc` were not yet run on a GPU.
 """
 
 import json
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from megasd.rollout.vllm import nccl
 from megasd.weights.bucket import Bucket, checksum
 
 TransportKind = Literal["gloo", "nccl", "ipc"]
@@ -141,7 +142,7 @@ class Channel:
     def join(self) -> None:
         """Collective with the workers of the channel."""
         if self.feed.kind != "ipc":
-            self._group = _group(self.feed, self._store, 0, self._device)
+            self._group = _group(self.feed, self._store, 0, self._device, self._patience)
 
     def begin(self, update: int) -> None:
         for key in self._old_keys:
@@ -160,8 +161,11 @@ class Channel:
         self._put(f"{self._update}/{number}", header)
         if self.feed.kind == "ipc":
             self._await_acknowledgements(number)
-        else:
-            self._await(_broadcast(self._group, bucket.flat.view(torch.uint8)))
+            return
+        try:
+            self._group.broadcast(bucket.flat.view(torch.uint8), self._patience)
+        except RuntimeError as error:
+            raise TransferError(str(error)) from error
 
     def end(self) -> None:
         self._put(f"{self._update}/{self._sent}", Header.last(self._sent))
@@ -170,19 +174,13 @@ class Channel:
         self._store.set(key, json.dumps(asdict(header)))
         self._old_keys.append(key)
 
-    def _await(self, work: dist.Work) -> None:
-        try:
-            for _ in _patiently(self._timeout, self._look):
-                if work.is_completed():
-                    break
-            work.wait()
-        except RuntimeError as error:
-            raise TransferError(str(error)) from error
+    def _patience(self) -> Iterator[None]:
+        return _patiently(self._timeout, self._look)
 
     def _await_acknowledgements(self, number: int) -> None:
         keys = [f"{self._update}/{number}/{worker}" for worker in self.feed.workers]
         self._old_keys += keys
-        for _ in _patiently(self._timeout, self._look):
+        for _ in self._patience():
             if self._store.check(keys):
                 return
 
@@ -191,7 +189,7 @@ class Channel:
             raise TransferError(self._store.get(FAILED).decode())
 
     def close(self) -> None:
-        if self._group is not None and self.feed.kind == "nccl":
+        if self._group is not None:
             self._group.abort()  # a peer that died would be waited for
         self._group = None
 
@@ -207,12 +205,12 @@ class Receiver:
 
     def __init__(self, feed: Feed, worker: int, device: torch.device) -> None:
         self._feed, self._worker, self._device = feed, worker, device
-        timeout = timedelta(seconds=feed.timeout_seconds)
-        self._store = TCPStore(feed.host, feed.port, timeout=timeout, wait_for_workers=False)
+        self._timeout = timedelta(seconds=feed.timeout_seconds)
+        self._store = TCPStore(feed.host, feed.port, timeout=self._timeout, wait_for_workers=False)
         self._group: Any = None
         if feed.kind != "ipc":
             place = 1 + feed.workers.index(worker)
-            self._group = _group(feed, self._store, place, device)
+            self._group = _group(feed, self._store, place, device, self._patience)
 
     def buckets(self, update: int) -> Iterator[dict[str, Tensor]]:
         """Tensors of each bucket by name, in memory that stays theirs.
@@ -243,8 +241,11 @@ class Receiver:
             torch.cuda.synchronize(self._device)  # before the trainer writes there again
             return raw
         raw = torch.empty(sum(header.sizes()), dtype=torch.uint8, device=self._device)
-        _broadcast(self._group, raw).wait()
+        self._group.broadcast(raw, self._patience)
         return raw
+
+    def _patience(self) -> Iterator[None]:
+        return _patiently(self._timeout, lambda: None)  # whose trainer goes, ends as a process
 
     def _differences(self, header: Header, tensors: Mapping[str, Tensor]) -> list[str]:
         if header.checksums is None:
@@ -256,26 +257,39 @@ class Receiver:
         ]
 
 
-def _group(feed: Feed, store: Any, place: int, device: torch.device) -> Any:
-    """The channel's process group, outside of torch's list of groups; the trainer is place 0."""
-    size, timeout = 1 + len(feed.workers), timedelta(seconds=feed.timeout_seconds)
-    members = PrefixStore("group", store)
+class _Gloo:
+    """A process group outside of torch's list of groups."""
+
+    def __init__(self, members: PrefixStore, place: int, size: int, timeout: timedelta) -> None:
+        self._group: Any = dist.ProcessGroupGloo(members, place, size, timeout)
+
+    def broadcast(self, raw: Tensor, waits: Callable[[], Iterator[None]]) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        work = self._group.broadcast([raw], options)
+        for _ in waits():
+            if work.is_completed():
+                break
+        work.wait()
+
+    def abort(self) -> None:
+        """It has no thread that would end a process: it may go by itself."""
+
+
+def _group(
+    feed: Feed,
+    store: TCPStore,
+    place: int,
+    device: torch.device,
+    waits: Callable[[], Iterator[None]],
+) -> _Gloo | nccl.Communicator:
+    """What the channel broadcasts with; the trainer is place 0."""
+    size, members = 1 + len(feed.workers), PrefixStore("group", store)
     if feed.kind == "gloo":
-        return dist.ProcessGroupGloo(members, place, size, timeout)
-    torch.cuda.set_device(device)
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    group = dist.ProcessGroupNCCL(members, place, size, options)
-    # The communicator is made by the first collective: here, where everybody is.
-    _broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device)).wait()
-    torch.cuda.synchronize(device)
-    return group
-
-
-def _broadcast(group: Any, raw: Tensor) -> dist.Work:
-    options = dist.BroadcastOptions()
-    options.rootRank = options.rootTensor = 0
-    return group.broadcast([raw], options)
+        return _Gloo(members, place, size, timedelta(seconds=feed.timeout_seconds))
+    if place == 0:
+        members.set("id", nccl.unique_id().hex())
+    return nccl.Communicator(bytes.fromhex(members.get("id").decode()), place, size, device, waits)
 
 
 def _patiently(timeout: timedelta, look: Callable[[], None]) -> Iterator[None]:
@@ -287,7 +301,9 @@ def _patiently(timeout: timedelta, look: Callable[[], None]) -> Iterator[None]:
             looked = now
         yield
         time.sleep(POLL_SECONDS)
-    raise TransferError(f"no sign of the engine's workers for {timeout.total_seconds():.0f} s")
+    raise TransferError(
+        f"no sign of the other end of the channel for {timeout.total_seconds():.0f} s"
+    )
 
 
 def _export(flat: Tensor) -> dict[str, Any]:
