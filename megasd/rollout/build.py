@@ -1,5 +1,6 @@
 """From config to this rank's engine."""
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from megasd.process import together
 from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import RolloutEngine
-from megasd.rollout.placement import Seat
+from megasd.rollout.placement import Gpu, Seat, check_gpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,8 @@ def build_engine(
         return HFEngine(folder, tokenizer, dtype=dtype, device=device, batch_size=config.batch_size)
     from megasd.rollout.vllm.engine import VLLMEngine
 
+    if device.type == "cuda" and config.vllm.placement == "colocated":  # every rank has a seat
+        check_gpus(seating, together.from_every_rank(_own_gpu(device)))
     return VLLMEngine(
         config.vllm,
         folder,
@@ -56,6 +59,13 @@ def build_engine(
         engine_size=seat.size,
         group=group,
     )
+
+
+def _own_gpu(device: torch.device) -> Gpu:
+    from megasd.rollout.vllm.options import visible_device
+
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return Gpu(socket.gethostname(), uuid, visible_device(device))
 
 
 def _engine_group(seating: Mapping[int, Seat]) -> dist.ProcessGroup | None:

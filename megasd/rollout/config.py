@@ -20,7 +20,7 @@ class VLLMConfig:
     kv_cache_gib: float | None = None  # of one GPU, or of the CPU (null there: 1)
     max_sequences: int = 256  # decoded at the same time by one engine
     start_timeout_seconds: int = 1800  # large models with cold caches compile for long
-    timeout_seconds: int = 600  # without a sign of life from an engine, before it is replaced
+    timeout_seconds: int = 600  # in which an engine gets nothing done, before it is replaced
     options: dict[str, Any] = field(default_factory=dict)  # passed to vLLM's LLM as they are
 
 

@@ -1,5 +1,7 @@
 """Which rank has which engine: arithmetic only."""
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megasd.rollout.config import RolloutConfig
@@ -35,6 +37,37 @@ def seats(
         size = vllm.tensor
         return {rank: Seat(rank // size, rank % size, size) for rank in range(world_size)}
     return {rank: Seat(number) for number, rank in enumerate(replica_starts)}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Of one rank."""
+
+    host: str
+    uuid: str
+    number: str  # by which a process finds it, as in CUDA_VISIBLE_DEVICES
+
+
+def check_gpus(seating: Mapping[int, Seat], gpus: Sequence[Gpu]) -> None:
+    """Raises ValueError where an engine could not run on the GPUs (by rank) of its ranks."""
+    for (a, one), (b, other) in itertools.combinations(enumerate(gpus), 2):
+        if (one.host, one.uuid) == (other.host, other.uuid):
+            raise ValueError(
+                f"ranks {a} and {b} run on one GPU, {one.uuid} of node {one.host}: start as many "
+                "ranks on a node as it has GPUs"
+            )
+        shared = a in seating and b in seating and seating[a].number == seating[b].number
+        if shared and one.host != other.host:
+            raise ValueError(
+                f"rollout.vllm.tensor: ranks {a} and {b} share an engine and are on nodes "
+                f"{one.host} and {other.host}; choose a size that divides the ranks of a node"
+            )
+        if shared and one.number == other.number:
+            raise ValueError(
+                f"ranks {a} and {b} of node {one.host} share an engine, and each sees its own GPU "
+                f"only, as number {one.number}: an engine has to see the GPUs of all its ranks; "
+                "start the ranks without GPU binding (--gpus-per-task, --gpu-bind)"
+            )
 
 
 def expert_receivers(config: RolloutConfig, *, is_cuda: bool) -> int:

@@ -68,14 +68,16 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def make_one(host: Any = None, *, device: torch.device = CPU, **settings: Any) -> VLLMEngine:
         if host is not None:
             monkeypatch.setattr(engine_module, "LocalHost", lambda log: host)
+        bounds: dict[str, Any] = {"timeout_seconds": 20, "start_timeout_seconds": 20}
         tokenizer: Any = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: f"{ids}")
         engine = VLLMEngine(
-            VLLMConfig(**{"timeout_seconds": 20, "start_timeout_seconds": 20} | settings),
+            VLLMConfig(**bounds | settings),
             tmp_path,
             tokenizer,
             dtype=torch.float32,
             device=device,
             hf_shapes=SHAPES,
+            max_tokens=64,
             run_folder=tmp_path,
             name="engine0",
         )

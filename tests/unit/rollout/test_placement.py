@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megasd.rollout.config import RolloutConfig, VLLMConfig
-from megasd.rollout.placement import Seat, expert_receivers, seats
+from megasd.rollout.placement import Gpu, Seat, check_gpus, expert_receivers, seats
 from megasd.rollout.probe import gap, probe_sequences
 from megasd.types import Prompt
 
@@ -33,6 +33,24 @@ def test_engines_on_servers_are_spoken_to_by_ranks_far_apart() -> None:
     found = seats(one, replica_starts=[0, 8], world_size=16, is_cuda=True)
     assert found == {0: Seat(0), 5: Seat(1), 10: Seat(2)}
     assert expert_receivers(one, is_cuda=True) == 1
+
+
+def test_gpus_that_an_engine_could_not_share_are_refused_with_what_to_do() -> None:
+    seating = {rank: Seat(rank // 2, rank % 2, 2) for rank in range(4)}
+    there = [Gpu("n1", f"u{i}", f"{i}") for i in range(4)]
+    check_gpus(seating, there)
+    check_gpus(seating, [*there[:2], Gpu("n2", "u0", "0"), Gpu("n2", "u1", "1")])
+    bound = [Gpu("n1", f"u{i}", "0") for i in range(4)]
+    with pytest.raises(ValueError, match=r"ranks 0 and 1 of node n1 .* only, as number 0: .*bind"):
+        check_gpus(seating, bound)
+    check_gpus({rank: Seat(rank) for rank in range(4)}, bound)
+    with pytest.raises(ValueError, match="ranks 1 and 3 run on one GPU, u1 of node n1"):
+        check_gpus(seating, [*there[:3], there[1]])
+    apart = [there[0], Gpu("n2", "u0", "1"), *there[2:]]
+    with pytest.raises(
+        ValueError, match="ranks 0 and 1 share an engine and are on nodes n1 and n2"
+    ):
+        check_gpus(seating, apart)
 
 
 def test_a_probe_is_the_first_prompts_cut_short() -> None:
