@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megasd.algorithms.rehearsal import rehearse
 from megasd.configuration.load import Config, to_container, to_yaml
 from megasd.configuration.validate import (
     context_length,
@@ -57,6 +58,7 @@ def start_training(config: Config, *, resume: bool) -> bool:
 
     False: saved and stopped before it, because the cluster asked for it.
     """
+    rehearse(config.algorithm)
     started = backend.start(config.run.device)
     # Megatron may be imported from here on.
     from megasd.checkpoint.checkpoints import Checkpoints

@@ -8,7 +8,7 @@ algorithm needs no collective and every denominator is the global one (docs/deci
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -74,6 +74,14 @@ class Verdict:
     reward: float = 0.0
     error: str | None = None  # the verifier raised, hung or died: counted, never a silent 0
     feedback: str = ""  # what a teacher may read (context source `feedback`)
+
+    def is_right(self, success_threshold: float) -> bool:
+        """Judged, and the reward reaches `reward.success_threshold`."""
+        return self.error is None and self.reward >= success_threshold
+
+    def is_wrong(self, success_threshold: float) -> bool:
+        """Judged, and it does not."""
+        return self.error is None and self.reward < success_threshold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +182,7 @@ class ResponseBatch:
     """
 
     rewards: PerRollout
-    is_correct: RolloutMask  # reward >= reward.success_threshold
+    is_correct: RolloutMask  # `Verdict.is_right`
     group_ids: RolloutIndex
     minibatch_ids: RolloutIndex  # the optimizer step that each rollout belongs to, from 0
     rollout_ids: TokenIndex  # the rollout of each token, an index into the per-rollout fields
@@ -184,6 +192,7 @@ class ResponseBatch:
     old_logprobs: PerToken | None = None  # None: one mini-batch, taken from its own forward pass
     entropy: PerToken | None = None  # nats, old weights
     teachers: Mapping[str, TeacherScores] = field(default_factory=dict)  # roles that read something
+    roles: Collection[str] | None = None  # of teachers, that may be asked for; None: any
     support: Support | None = None  # of role `teacher`
     teacher_hidden: TeacherHidden | None = None  # of role `teacher`
     # The data-parallel rank that reads each rollout in every pass; None: any, pass by pass.
@@ -196,17 +205,27 @@ class ResponseBatch:
 
     def has_context(self, role: str = "teacher") -> RolloutMask:
         """The rollouts that this role has read after a privileged context."""
+        self._check_role(role)
         if role not in self.teachers:
             return torch.zeros_like(self.is_correct)
         return self.teachers[role].has_context
 
     def teacher_gap(self, role: str = "teacher") -> PerToken:
         """D = teacher - old log-probs; exactly 0 where the role has read nothing."""
+        self._check_role(role)
         if role not in self.teachers:
             return torch.zeros(len(self.rollout_ids), device=self.rollout_ids.device)
         assert self.old_logprobs is not None  # promised where needs.old_logprobs
         gap = self.teachers[role].logprobs - self.old_logprobs
         return torch.where(self.has_context(role)[self.rollout_ids], gap, 0.0)
+
+    def _check_role(self, role: str) -> None:
+        """A role that nobody was asked to play would look like one that agrees with the student."""
+        if self.roles is not None and role not in self.roles:
+            raise ValueError(
+                f"the method looks at what teacher role {role!r} has read, and its `needs` do not "
+                f"name it: add it to Needs(teachers={tuple(self.roles)})"
+            )
 
     def at(self, tokens: TokenIndex) -> "ResponseBatch":
         """The same batch restricted to `tokens`, in that order."""

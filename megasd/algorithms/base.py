@@ -37,6 +37,9 @@ class Needs:
     teachers: tuple[str, ...] = ()  # roles that read the responses
     old_logprobs: bool = True  # before the update, to compare teachers with
     entropy: bool = False  # the student's, at the old weights
+    entropy_beside_teacher: bool = (
+        False  # the same, in batches that a teacher has read something of
+    )
     teacher_entropy: bool = False
     support: Literal["student", "teacher", "samples"] | None = None  # whose ids
     support_size: int = 0  # K ids per token

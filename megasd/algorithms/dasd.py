@@ -5,8 +5,8 @@ its own rollout sets the direction, so about 1 - `quantile` of the tokens are pu
 the method. It can flip the verifier's sign, and it learns where A = 0 too.
 
 Decided here: beta, which the paper never prints; the cap on Dn (`max_gap: null` is the printed
-form: most gaps are near 0, so their median is tiny); the threshold of `gate: fixed`; and
-`route: position`, the router on a token's index instead of its entropy.
+form: most gaps are near 0, so their median is tiny); the threshold of `gate: fixed`; and the curve
+of `route: position`, which the paper calls a sinusoidal relative position.
 """
 
 import warnings
@@ -19,7 +19,7 @@ import torch
 from megasd.algorithms.base import Needs
 from megasd.algorithms.families import PolicyGradient
 from megasd.losses.credit import one_path, per_token
-from megasd.losses.per_rollout import quantile, router
+from megasd.losses.per_rollout import quantile, router, sinusoidal_position
 from megasd.types import Credit, PerToken, ResponseBatch, RolloutMask
 
 
@@ -73,7 +73,9 @@ class DASD(PolicyGradient):
 
     @property
     def needs(self) -> Needs:
-        return Needs(teachers=("teacher",), entropy=self.route == "entropy")
+        return Needs(
+            teachers=("teacher",), entropy_beside_teacher=self.beta > 0 and self.route == "entropy"
+        )
 
     def rows_to_score(
         self, batch: ResponseBatch, has_context: Mapping[str, RolloutMask], step: int
@@ -81,30 +83,28 @@ class DASD(PolicyGradient):
         return torch.full_like(batch.is_correct, self.beta > 0)
 
     def assign_credit(self, batch: ResponseBatch, step: int) -> Credit:
+        advantages = per_token(self.advantages(batch), batch.rollout_ids)
+        read = batch.response_mask & batch.has_context()[batch.rollout_ids]
+        if self.beta == 0 or not read.any():
+            return one_path(advantages, batch.response_mask)
         gap = batch.teacher_gap().double()
         median = quantile(gap.abs(), 0.5, batch)
         uncapped = gap / (per_token(median, batch.rollout_ids) + 1e-6)
-        cap = self.max_gap
-        capped = uncapped if cap is None else uncapped.clamp(-cap, cap)
+        capped = uncapped if self.max_gap is None else uncapped.clamp(-self.max_gap, self.max_gap)
         push = self.beta * self._direction(batch) * self._gate(gap, capped) * capped
-        advantages = per_token(self.advantages(batch), batch.rollout_ids)
-        credit = one_path((advantages + push).float(), batch.response_mask)
-        read = batch.response_mask & batch.has_context()[batch.rollout_ids]
-        if not read.any():
-            return credit
         metrics = {
             "gap_median": median[batch.rollout_ids[read].unique()].mean().item(),
             "gap_capped": (capped != uncapped)[read].double().mean().item(),
             "push_max": push[read].abs().max().item(),
         }
-        return credit._replace(metrics=metrics)
+        return one_path((advantages + push).float(), batch.response_mask)._replace(metrics=metrics)
 
     def _direction(self, batch: ResponseBatch) -> PerToken | float:
         """z: above 0 towards the teacher, below 0 away from it."""
         if self.route in ("attract", "repel"):
             return 1.0 if self.route == "attract" else -1.0
-        if self.route == "position":  # in the batch: the router has no origin
-            signal = torch.arange(len(batch.rollout_ids), device=batch.rewards.device).double()
+        if self.route == "position":
+            signal = sinusoidal_position(batch)
         else:
             assert batch.entropy is not None  # promised by the loop, as `needs` says
             signal = batch.entropy

@@ -81,14 +81,14 @@ class DistIL(Algorithm):
             return credit
         costs = batch.teachers["teacher"].cross_entropy
         assert costs is not None  # promised by the loop, as `needs` says
-        future = future_credit(costs, is_used, batch.rollout_ids)
+        future, has_future = future_credit(costs, is_used, batch.rollout_ids)
         advantages = -future
         if self.baseline == "group_position":
             if len(batch.group_ids.unique()) == batch.num_rollouts:
-                raise ValueError(
-                    "algorithm.baseline: group_position needs rollout.group_size of 2 or more"
-                )
-            advantages += group_position_mean(future, is_used, batch.rollout_ids, batch.group_ids)
+                raise ValueError("algorithm.baseline: group_position: set rollout.group_size > 1")
+            has_future &= is_used  # a last token answers for nothing: no 0 in the mean
+            mean = group_position_mean(future, has_future, batch.rollout_ids, batch.group_ids)
+            advantages = torch.where(has_future, mean - future, 0.0)
         return credit._replace(
             advantages=torch.where(is_used, advantages, 0.0),
             metrics={"future_credit": future[is_used].double().mean().item()},

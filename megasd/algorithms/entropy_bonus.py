@@ -46,9 +46,11 @@ class EntropyBonus(PolicyGradient):
 
     @property
     def needs(self) -> Needs:
-        return Needs(entropy=True)
+        return Needs(entropy=self.alpha > 0)
 
     def assign_credit(self, batch: ResponseBatch, step: int) -> Credit:
         advantages = per_token(self.advantages(batch), batch.rollout_ids)
         credit = one_path(advantages, batch.response_mask)
+        if self.alpha == 0:
+            return credit
         return with_entropy_bonus(credit, batch, alpha=self.alpha, kappa=self.kappa)

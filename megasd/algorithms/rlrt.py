@@ -61,7 +61,10 @@ class RLRT(WeighedAdvantage):
         advantages = per_token(self.advantages(batch), batch.rollout_ids)
         is_open = self._is_open(batch)[batch.rollout_ids]
         log_weights = torch.where(is_open, -advantages.sign() * batch.teacher_gap(), 0.0)
-        return one_path(self.weighed(advantages, log_weights, step), batch.response_mask)
+        is_read = batch.response_mask & batch.has_context()[batch.rollout_ids]
+        return one_path(self.weighed(advantages, log_weights, step), batch.response_mask)._replace(
+            metrics=self.clipped_share(log_weights, is_read & is_open & (advantages != 0))
+        )
 
     def _is_open(self, batch: ResponseBatch) -> RolloutMask:
         """The rollouts whose credit the teacher may change."""

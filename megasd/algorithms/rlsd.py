@@ -73,4 +73,7 @@ class RLSD(WeighedAdvantage):
             weights = log_weights.clamp(max=80.0).exp()  # finite: 0 x infinity is no number
             unclipped = torch.lerp(advantages, advantages * weights, self.mix_at(step))
             credit = torch.minimum(unclipped, credit)
-        return one_path(credit, batch.response_mask)
+        is_read = batch.response_mask & batch.has_context()[batch.rollout_ids]
+        return one_path(credit, batch.response_mask)._replace(
+            metrics=self.clipped_share(log_weights, is_read & (advantages != 0))
+        )

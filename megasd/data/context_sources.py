@@ -40,7 +40,7 @@ class ContextSources:
     verifier failed is neither. Siblings are the other rollouts of the group, ordered by sample.
 
     - `answer`, `solution`: of the row; `fall_back_to_answer` lets the answer stand in.
-    - `sibling`: a correct sibling, the first or one drawn by (seed, step, group, sample); with
+    - `sibling`: a correct sibling, the first or one drawn by (seed, step, row, sample); with
       `allow_self` a correct rollout is among its own candidates.
     - `feedback`: what the verifier said about this very rollout, if it is incorrect. About a
       correct one it says nothing that a teacher could use (SDPO, arXiv:2601.20802, too reads the
@@ -124,13 +124,16 @@ class ContextSources:
         return "\n\n".join(f"{HEADINGS[source]}\n{text}" for source, text in found.items()) or None
 
     def _feedback(self, group: Group) -> Texts:
-        return [verdict.feedback if self._is_wrong(verdict) else None for _, verdict in group]
+        return [
+            verdict.feedback if verdict.is_wrong(self._success_threshold) else None
+            for _, verdict in group
+        ]
 
     def _siblings(self, group: Group, step: int) -> Texts:
         correct = sorted(
             (rollout.sample, text)
             for rollout, verdict in group
-            if self._is_correct(verdict) and (text := self._visible_text(rollout))
+            if verdict.is_right(self._success_threshold) and (text := self._visible_text(rollout))
         )
         return [self._sibling(rollout, correct, step) for rollout, _ in group]
 
@@ -144,7 +147,7 @@ class ContextSources:
             return None
         if self._config.sibling == "first":
             return may_be_read[0]
-        words = [self._seed, step, rollout.group_id, rollout.sample]
+        words = [self._seed, step, rollout.prompt.index, rollout.sample]
         return may_be_read[np.random.default_rng(words).integers(len(may_be_read))]
 
     def _wrong_siblings(self, group: Group, k: int) -> Texts:
@@ -152,18 +155,12 @@ class ContextSources:
         wrong = sorted(
             (verdict.reward, rollout.sample, text)
             for rollout, verdict in group
-            if self._is_wrong(verdict) and (text := read(rollout))
+            if verdict.is_wrong(self._success_threshold) and (text := read(rollout))
         )
         others = [
             [text for _, sample, text in wrong if sample != rollout.sample] for rollout, _ in group
         ]
         return [texts[k] if k < len(texts) else None for texts in others]
-
-    def _is_correct(self, verdict: Verdict) -> bool:
-        return verdict.error is None and verdict.reward >= self._success_threshold
-
-    def _is_wrong(self, verdict: Verdict) -> bool:
-        return verdict.error is None and verdict.reward < self._success_threshold
 
     def _visible_text(self, rollout: Rollout) -> str:
         if not self._config.strip_thinking:

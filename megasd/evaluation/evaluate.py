@@ -84,7 +84,7 @@ def summarise(
     samples = config.samples
     groups = np.array([rollout.group_id for rollout, _ in judged], dtype=np.int64)
     is_judged = np.array([verdict.error is None for _, verdict in judged])
-    is_right = is_judged & np.array([v.reward >= success_threshold for _, v in judged])
+    is_right = np.array([verdict.is_right(success_threshold) for _, verdict in judged])
     right = np.bincount(groups, weights=is_right).astype(np.int64).tolist()
     counted = np.bincount(groups, weights=is_judged).astype(np.int64).tolist()
     accuracy = average_at_k(right, counted, seed=seed)

@@ -1,6 +1,7 @@
 """From prompts to a batch that can be scored: sampling, rewards, dynamic sampling."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,15 @@ from megasd.rollout.spread import Spread
 from megasd.types import Prompt, ResponseBatch, Rollout, Verdict, View
 
 
-def request_seed(seed: int, step: int, refills: int, prompt: int, sample: int) -> int:
-    """A stream of its own for each rollout: the same whatever else is sampled beside it."""
-    words = np.random.SeedSequence([seed, step, refills, prompt, sample]).generate_state(2)
+def request_seed(
+    seed: int, step: int, refills: int, prompt: int, sample: int, repeat: int = 0
+) -> int:
+    """A stream of its own for each rollout: the same whatever else is sampled beside it.
+
+    `repeat`: how often the row came before in the same batch, at the turn of an epoch for example.
+    """
+    words = [seed, step, refills, prompt, sample, *([repeat] if repeat else [])]
+    words = np.random.SeedSequence(words).generate_state(2)
     return int(words[0]) << 31 | int(words[1]) >> 1
 
 
@@ -36,6 +43,16 @@ class Experience:
     offsets: np.ndarray  # [R + 1] start of each rollout in response space
     student_views: list[View]
     metrics: dict[str, float]
+
+
+def _repeats(rows: Sequence[int]) -> list[int]:
+    """How often each has come before."""
+    seen: Counter[int] = Counter()
+    repeats = []
+    for row in rows:
+        repeats.append(seen[row])
+        seen[row] += 1
+    return repeats
 
 
 def _equal_groups(seen: Sequence[tuple[Rollout, Verdict]]) -> float:
@@ -104,12 +121,13 @@ class Collector:
         return self._assemble(rollouts, verdicts, self._sampling_metrics(seen))
 
     def _sample(self, prompts: Sequence[Prompt], step: int, refills: int) -> list[Rollout]:
+        repeats = _repeats([prompt.index for prompt in prompts])
         requests = [
             Request(
                 prompt=prompt,
                 group_id=refills * self.rollout.prompts_per_step + place,
                 sample=sample,
-                seed=request_seed(self.seed, step, refills, prompt.index, sample),
+                seed=request_seed(self.seed, step, refills, prompt.index, sample, repeats[place]),
                 temperature=self.rollout.temperature,
                 top_p=self.rollout.top_p,
                 top_k=self.rollout.top_k,
@@ -158,7 +176,9 @@ class Collector:
             rewards = [verdict.reward for _, verdict in seen if verdict.error is None]
             metrics["reward/errors"] = float(len(seen) - len(rewards))
             if rewards:
-                correct = np.array(rewards) >= self.reward.success_threshold
+                correct = [
+                    v.is_right(self.reward.success_threshold) for _, v in seen if not v.error
+                ]
                 metrics["reward/mean"] = float(np.mean(rewards))
                 metrics["reward/accuracy"] = float(np.mean(correct))
                 if self.rollout.group_size > 1:
@@ -179,7 +199,10 @@ class Collector:
         rewards = torch.tensor([verdict.reward for verdict in verdicts], device=device)
         batch = ResponseBatch(
             rewards=rewards,
-            is_correct=rewards >= self.reward.success_threshold,
+            is_correct=torch.tensor(
+                [verdict.is_right(self.reward.success_threshold) for verdict in verdicts],
+                device=device,
+            ),
             group_ids=torch.from_numpy(groups).to(device),
             # Whole groups, in order, in as equal shares as there are mini-batches.
             minibatch_ids=torch.from_numpy(groups * self.minibatches // (groups.max() + 1)).to(

@@ -61,8 +61,8 @@ class Reader:
         Where nothing is compared with the policy before the update and there is one mini-batch,
         the update's own forward pass provides the old log-probs.
         """
-        batch = replace(experience.batch, memory=dict(self.memory))
         needs, metrics = self.algorithm.needs, {}
+        batch = replace(experience.batch, memory=dict(self.memory), roles=needs.teachers)
         views: dict[str, list[View | None]] = {}
         if needs.teachers:
             views, metrics = self._teacher_views(experience, batch, step)
@@ -141,6 +141,7 @@ class Reader:
         return (
             self.minibatches > 1
             or needs.entropy
+            or (has_teacher and needs.entropy_beside_teacher)
             or (has_teacher and (needs.old_logprobs or needs.cross_entropy))
             or (self.mismatch.level != "off" and self.mismatch.needs_old_logprobs)
         )

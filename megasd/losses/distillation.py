@@ -6,8 +6,11 @@ from torch import Tensor
 from megasd.types import PerToken, RolloutIndex, TokenIndex, TokenMask
 
 
-def future_credit(values: PerToken, counted: TokenMask, rollout_ids: TokenIndex) -> PerToken:
-    """C_t = mean of `values` over the counted tokens tau > t of the same rollout, 0 if none follow.
+def future_credit(
+    values: PerToken, counted: TokenMask, rollout_ids: TokenIndex
+) -> tuple[PerToken, TokenMask]:
+    """C_t = mean of `values` over the counted tokens tau > t of the same rollout, and whether there
+    are any; 0 where none follow.
 
     The cost that a token answers for in DistIL (arXiv:2606.05152, eq. 5), read 0-based. A rollout's
     tokens stand in order; rollouts may stand in any order. Sums are float64.
@@ -20,7 +23,9 @@ def future_credit(values: PerToken, counted: TokenMask, rollout_ids: TokenIndex)
     means = (sums[end] - sums) / later_counts.clamp(min=1)
     credit = torch.empty_like(means)
     credit[order] = torch.where(later_counts > 0, means, 0.0)
-    return credit.float()
+    has_future = torch.empty_like(counted)
+    has_future[order] = later_counts > 0
+    return credit.float(), has_future
 
 
 def group_position_mean(

@@ -37,8 +37,10 @@ def divergence(
     """Divergence of each token over the K ids that both sides were read at.
 
     `rest` says what becomes of the ids left out: `tail` puts them in one more entry, of log-prob
-    log(1 - sum p), good to about 1e-7 of mass in float32; `renormalise` leaves them out. K =
-    `vocab_size` leaves none out, and `rest` changes nothing.
+    log(1 - sum p); `renormalise` leaves them out. K = `vocab_size` leaves none out, and `rest`
+    changes nothing. Float32 log-probs are rounded by 1e-7, so a tail's logarithm is off by up to
+    1e-7 / tail: no promise of digits where the student's support is compared by forward_kl, or the
+    teacher's by reverse_kl, and that side's tail is below 1e-4. No preset does so.
 
     `alpha` and `entry_clip` are those of `divergence_entries`; the tail's entry is clipped too.
     """
@@ -132,11 +134,12 @@ def _complete(logprobs: Tensor, rest: Rest, vocab_size: int) -> Tensor:
     """Log-probs that sum to 1: with the tail as one more entry, or renormalised."""
     if logprobs.shape[1] >= vocab_size:
         return logprobs
-    mass = logprobs.logsumexp(dim=1, keepdim=True)
     if rest == "renormalise":
-        return logprobs - mass
+        return logprobs - logprobs.logsumexp(dim=1, keepdim=True)
+    # A small tail is the difference of two large numbers: what float32 rounds off is its size.
+    mass = logprobs.double().logsumexp(dim=1, keepdim=True)
     tail = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))
-    return torch.cat((logprobs, tail), dim=1)
+    return torch.cat((logprobs, tail.to(logprobs.dtype)), dim=1)
 
 
 def _log_add(values: Tensor, constant: float) -> Tensor:

@@ -41,6 +41,16 @@ def mean_absolute_deviation(values: PerToken, batch: ResponseBatch) -> PerRollou
     return mean((values.double() - mean(values, batch)[batch.rollout_ids]).abs(), batch)
 
 
+def sinusoidal_position(batch: ResponseBatch) -> PerToken:
+    """sin(2 pi t / T) of the t-th, from 0, of a rollout's T response tokens; elsewhere without
+    meaning. Rounded, so that equal heights of the curve are ties."""
+    lengths = torch.bincount(batch.rollout_ids[batch.response_mask], minlength=batch.num_rollouts)
+    before = lengths.cumsum(0) - lengths
+    place = batch.response_mask.cumsum(0) - 1 - before[batch.rollout_ids]
+    turns = place.double() / lengths.clamp(min=1)[batch.rollout_ids]
+    return torch.sin(2 * torch.pi * turns).round(decimals=9)
+
+
 def router(
     values: PerToken,
     share: float,

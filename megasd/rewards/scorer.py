@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -140,7 +141,7 @@ class Scorer:
     def _verdict(self, judged: Judged) -> Verdict:
         if judged.error is not None:
             return Verdict(error=judged.error)
-        reward = judged.reward
-        if self._config.binary:
-            reward = float(reward >= self._config.success_threshold)
-        return Verdict(reward=reward, feedback=judged.feedback)
+        verdict = Verdict(reward=judged.reward, feedback=judged.feedback)
+        if not self._config.binary:
+            return verdict
+        return replace(verdict, reward=float(verdict.is_right(self._config.success_threshold)))

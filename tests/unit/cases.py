@@ -81,6 +81,7 @@ class Case:
     def batch(self, needs: Needs | None = None) -> ResponseBatch:
         """What the loop hands to a method that has these needs; by default role `teacher`."""
         needs = Needs(teachers=("teacher",)) if needs is None else needs
+        reads_entropy = needs.entropy or needs.entropy_beside_teacher
         old_logprobs = torch.tensor(self.old_logprobs)
         teacher_logits = torch.tensor(self.teacher_logits)
         support = hidden = None
@@ -102,7 +103,7 @@ class Case:
             max_response_tokens=self.max_response_tokens,
             rollout_logprobs=old_logprobs,
             old_logprobs=old_logprobs,
-            entropy=torch.tensor(self.entropy) if needs.entropy else None,
+            entropy=torch.tensor(self.entropy) if reads_entropy else None,
             teachers={role: self._teacher(self.roles[role], needs) for role in needs.teachers},
             support=support,
             teacher_hidden=hidden,

@@ -223,8 +223,13 @@ def dasd(
         tokens = tokens_of(case, rollout)
         if not has_context or not tokens:
             continue
-        # what the route compares with its quantile: entropy, or the place in the response
-        level = [case.entropy[t] if route == "entropy" else t - tokens[0] for t in tokens]
+        # what the route compares with its quantile: entropy, or the place among the tokens
+        level = [
+            case.entropy[t]
+            if route == "entropy"
+            else round(math.sin(2 * math.pi * i / len(tokens)), 9)
+            for i, t in enumerate(tokens)
+        ]
         tau = interpolated(level, quantile)
         spread = statistics.fmean(abs(x - statistics.fmean(level)) for x in level)
         median = statistics.median(abs(gap(case, t)) for t in tokens)

@@ -203,11 +203,16 @@ def srpo(case: Case, options: Options, *, beta: float, scale_by_std: bool) -> Up
 
 
 def future_credit(case: Case, *, baseline: str | None) -> list[float]:
-    """C_t: the mean of the old H^x over the rollout's later response tokens."""
+    """C_t: the mean of the old H^x over the rollout's later response tokens.
+
+    A token without a later one has none: it is not in the mean of its group and position either.
+    """
     later = [0.0] * len(case.rollout_ids)
+    has_later: set[int] = set()
     for rollout in range(len(case.rewards)):
         tokens = reference.tokens_of(case, rollout)
         for index, token in enumerate(tokens[:-1]):
+            has_later.add(token)
             later[token] = statistics.fmean(
                 case.roles["teacher"].cross_entropy[t] for t in tokens[index + 1 :]
             )
@@ -221,10 +226,12 @@ def future_credit(case: Case, *, baseline: str | None) -> list[float]:
             for other, owner in enumerate(case.rollout_ids)
             if case.group_ids[owner] == case.group_ids[rollout]
             and other - start[owner] == token - start[rollout]
+            and other in has_later
             and case.response_mask[other]
             and case.has_context[owner]
         ]
-        centred.append(later[token] - statistics.fmean(peers) if peers else 0.0)
+        is_centred = token in has_later and peers
+        centred.append(later[token] - statistics.fmean(peers) if is_centred else 0.0)
     return centred
 
 

@@ -18,7 +18,7 @@ from tests.unit.cases import Case, FakeStudent
 A = 0.5 / (math.sqrt(0.5) + 1e-6)  # of rewards 1 and 0 in a group of two
 ROUTES, DIRECTIONS = ("entropy", "position", "attract", "repel"), ("tanh", "hard", "linear")
 GATES = ("gap", "none", "magnitude", "fixed")
-NEEDS = Needs(teachers=("teacher",), entropy=True)
+NEEDS = Needs(teachers=("teacher",), entropy_beside_teacher=True)
 
 
 def make(**fields: Any) -> DASD:
@@ -72,8 +72,8 @@ def batch() -> ResponseBatch:
 # Of the first rollout: median |D| = (0.5 + 0.75) / 2, tau = 0.6, s = (2 + 1 + 0 + 3) / 4
 DN = [0.4, -0.8, 1.2, -3.0]  # the last one capped: -6.4
 BELOW = [0.6 / 1.5, -0.4 / 1.5, -1.4 / 1.5, -4.4 / 1.5]
-# and by position: 0, 1, 2, 3 of mean 1.5, tau = 0.6, s = 1
-FROM_START = [0.6, -0.4, -1.4, -2.4]
+# and by position: sin(2 pi t / 4) = 0, 1, 0, -1 of mean 0, tau = -0.4, s = 0.5
+BY_POSITION = [-0.8, -2.8, -0.8, 1.2]
 
 
 def sigmoid(x: float) -> float:
@@ -99,8 +99,8 @@ def test_credit_by_hand(batch):
     [
         ({"direction": "hard"}, [1, -1, -1, -1]),
         ({"direction": "linear"}, [*BELOW[:3], -1]),
-        ({"route": "position"}, [math.tanh(x) for x in FROM_START]),
-        ({"route": "position", "direction": "linear"}, [0.6, -0.4, -1, -1]),
+        ({"route": "position"}, [math.tanh(x) for x in BY_POSITION]),
+        ({"route": "position", "direction": "linear"}, [-0.8, -1, -0.8, 1]),
         ({"route": "attract"}, [1, 1, 1, 1]),
         ({"route": "repel", "direction": "linear"}, [-1, -1, -1, -1]),
         ({"quantile": 1.0, "direction": "hard"}, [1, 1, 1, 0]),
@@ -247,7 +247,10 @@ def plain_push(case: Case, algorithm: DASD, rollout: int) -> dict[int, float]:
         return {}
     gaps = [case.teacher_logprobs[token] - case.old_logprobs[token] for token in tokens]
     signal = [
-        case.entropy[token] if algorithm.route == "entropy" else float(token) for token in tokens
+        case.entropy[token]
+        if algorithm.route == "entropy"
+        else round(math.sin(2 * math.pi * place / len(tokens)), 9)
+        for place, token in enumerate(tokens)
     ]
     tau = float(np.quantile(signal, algorithm.quantile))
     s = statistics.mean(abs(x - statistics.mean(signal)) for x in signal)
@@ -298,7 +301,8 @@ def test_random_batches_equal_the_plain_reference(route, direction, gate):
 
 def test_what_must_be_read_before():
     assert DASD().needs == NEEDS
-    assert not DASD(route="position").needs.entropy
+    assert not DASD(route="position").needs.entropy_beside_teacher
+    assert not DASD(beta=0.0).needs.entropy_beside_teacher
     batch = cases.random_case(0).batch(NEEDS)
     assert DASD().rows_to_score(batch, {}, 0).all()
     assert not DASD(beta=0.0).rows_to_score(batch, {}, 0).any()

@@ -244,7 +244,14 @@ def grpo_opsd(case: Case, seed: int, step: int) -> Pair:
     coef, config = cycle(seed, 0.5, 0.1, 0.9), divergence_config(seed)
     surrogate = policy_gradient(case, [(1 - coef) * a for a in reference.grpo(case)])
     _, distillation = distilled(GKD, case, config)
-    scaled = distributions.scaled(distillation, [coef] * len(case.path))
+    of_all, of_read = (
+        reference.minibatch_weights("sequence_mean", path, case)
+        for path in (case.path, distillation.path)
+    )
+    scaled = distributions.scaled(
+        distillation,
+        [coef * b / a if b else 0.0 for a, b in zip(of_all, of_read, strict=True)],
+    )
     return GRPOWithOPSD(coef=coef, divergence=config), add(surrogate, scaled)
 
 

@@ -25,9 +25,10 @@ def test_future_credit_by_hand():
     values = torch.tensor([7.0, 1.0, 100.0, 2.0, 4.0, 5.0])
     counted = torch.tensor([True, True, False, True, True, True])
     rollout_ids = torch.tensor([0, 0, 0, 0, 0, 1])
-    credit = future_credit(values, counted, rollout_ids)
+    credit, has_future = future_credit(values, counted, rollout_ids)
     # the masked 100 is in no mean; the last token of each rollout answers for nothing
     assert credit.tolist() == pytest.approx([7 / 3, 3, 3, 4, 0, 0])
+    assert has_future.tolist() == [True, True, True, True, False, False]
 
 
 def test_future_credit_is_the_double_loop_s_in_any_order_of_rollouts():
@@ -47,7 +48,7 @@ def test_future_credit_is_the_double_loop_s_in_any_order_of_rollouts():
                 if owners[tau] == owner and counted[tau]
             ]
             expected.append(sum(later) / len(later) if later else 0.0)
-        actual = future_credit(torch.tensor(values), torch.tensor(counted), torch.tensor(owners))
+        actual, _ = future_credit(torch.tensor(values), torch.tensor(counted), torch.tensor(owners))
         assert actual.tolist() == pytest.approx(expected, rel=1e-6, abs=0)
 
 
@@ -89,7 +90,7 @@ def test_loss_is_the_cross_entropy_plus_the_surrogate_of_the_future():
         assert credit.path.tolist() == [int(is_used) - 1 for is_used in used]
         assert credit.token_weights.tolist() == used
         costs = torch.tensor(case.roles["teacher"].cross_entropy)
-        future = future_credit(costs, torch.tensor(used), batch.rollout_ids)
+        future, _ = future_credit(costs, torch.tensor(used), batch.rollout_ids)
         assert credit.advantages.tolist() == torch.where(torch.tensor(used), -future, 0.0).tolist()
         assert (credit.advantages <= 0).all()
 
@@ -197,9 +198,9 @@ def test_the_baseline_takes_the_group_s_mean_at_the_position_away():
         cross_entropy=torch.tensor([9.0, 1.0, 3.0, 9.0, 4.0, 9.0, 5.0]),
     )
     batch = dataclasses.replace(batch, teachers={"teacher": teacher})
-    # C = 2 3 0 | 4 0 | 5 0; means of the first group: 3 1.5 0
+    # C = 2 3 - | 4 - | 5 -; means of the first group: 3 3 -, for last tokens have no C
     actual = DistIL(baseline="group_position").assign_credit(batch, 0)
-    assert actual.advantages.tolist() == pytest.approx([1, -1.5, 0, -1, 1.5, 0, 0])
+    assert actual.advantages.tolist() == pytest.approx([1, 0, 0, -1, 0, 0, 0])
     assert actual.metrics["future_credit"] == pytest.approx(2.0)
     lone = dataclasses.replace(batch, group_ids=torch.tensor([7, 8, 9]))
     with pytest.raises(ValueError, match=r"^algorithm\.baseline: group_position .*group_size"):

@@ -6,7 +6,7 @@ import torch
 from megasd.algorithms.grpo import GRPO
 from megasd.algorithms.grpo_opsd import GRPOWithOPSD
 from megasd.algorithms.opsd import OPSD
-from tests.unit.cases import random_case
+from tests.unit.cases import random_case, update_weights
 
 
 def losses(algorithm, case):
@@ -28,31 +28,50 @@ def test_without_coef_it_is_grpo_bit_for_bit_and_nothing_is_read():
         assert torch.equal(credit.path, expected_credit.path)
 
 
-def test_loss_is_the_sum_of_both_with_divergence_0_where_no_context():
-    for seed in range(20):
-        case = random_case(seed)
-        credit, loss, _ = losses(GRPOWithOPSD(coef=0.3), case)
-        grpo_credit, grpo, _ = losses(GRPO(), case)
-        _, opsd, _ = losses(OPSD(), case)
-        is_read = torch.tensor([case.has_context[rollout] for rollout in case.rollout_ids])
-        torch.testing.assert_close(loss, 0.7 * grpo + 0.3 * torch.where(is_read, opsd, 0.0))
-        # one path over all response tokens; only those without any term are not run
-        assert credit.path.tolist() == case.path
-        used = torch.tensor(case.response_mask)
-        expected = used & (is_read | (grpo_credit.advantages != 0))
-        assert torch.equal(credit.token_weights, expected.float())
+def total(algorithm, case):
+    """The loss of the whole batch, one sum for each mini-batch with denominators of its own."""
+    credit, loss, student = losses(algorithm, case)
+    batch = case.batch(algorithm.needs)
+    sums = []
+    for minibatch in sorted(set(case.minibatch_ids)):
+        inside = batch.minibatch_ids[batch.rollout_ids] == minibatch
+        path = torch.where(inside, credit.path, -1)
+        weights = update_weights("sequence_mean", batch, credit._replace(path=path))
+        sums.append((loss.double() * weights).sum())
+    return torch.stack(sums), student
 
 
-def test_with_coef_1_it_is_opsd_and_rollouts_without_context_are_not_run():
+def test_it_is_the_sum_of_two_means_each_over_its_own_tokens():
     for seed in range(20):
         case = random_case(seed)
-        credit, loss, student = losses(GRPOWithOPSD(coef=1.0), case)
+        (mixed, student), (grpo, of_grpo), (opsd, of_opsd) = (
+            total(algorithm, case)
+            for algorithm in (GRPOWithOPSD(coef=0.3), GRPO(), OPSD(reduction="sequence_mean"))
+        )
+        torch.testing.assert_close(mixed, 0.7 * grpo + 0.3 * opsd, rtol=1e-5, atol=1e-6)
+        for total_, other in ((mixed, student), (grpo, of_grpo), (opsd, of_opsd)):
+            if total_.requires_grad:
+                total_.sum().backward()
+            assert other.logits is not None
+        assert student.logits is not None
+        assert of_opsd.logits is not None
+        if opsd.any():
+            torch.testing.assert_close(student.logits.grad, 0.3 * of_opsd.logits.grad)
+        torch.testing.assert_close(
+            student.logprobs.grad, 0.7 * of_grpo.logprobs.grad, rtol=1e-5, atol=1e-7
+        )
+
+
+def test_with_coef_1_it_is_opsd_bit_for_bit_denominators_and_all():
+    algorithm = GRPOWithOPSD(coef=1.0)
+    assert algorithm.needs == OPSD().needs, "not even a verifier is needed"
+    for seed in range(20):
+        case = random_case(seed)
+        credit, loss, _ = losses(algorithm, case)
         opsd_credit, opsd, _ = losses(OPSD(), case)
+        assert torch.equal(loss, opsd)
         assert torch.equal(credit.token_weights, opsd_credit.token_weights)
-        used = credit.token_weights > 0
-        assert torch.equal(loss[used], opsd[used])
-        (gradient,) = torch.autograd.grad(loss.sum(), student.logprobs)
-        assert not gradient.any()
+        assert torch.equal(credit.path, opsd_credit.path)
 
 
 def test_a_batch_that_no_teacher_read_is_grpo_s_share():

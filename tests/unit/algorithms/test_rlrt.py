@@ -48,6 +48,7 @@ def test_credit_by_hand(batch):
     assert credit.advantages.tolist() == pytest.approx([*expected, -A, A, -A, 0, 0], rel=1e-5)
     assert credit.token_weights.tolist() == [1] * 6 + [0, 0]
     assert credit.path.tolist() == [0] * 8
+    assert credit.metrics == {"weight_clipped": pytest.approx(2 / 3)}, "of the correct rollout"
 
 
 def test_the_ablation_weighs_incorrect_rollouts_too(batch):

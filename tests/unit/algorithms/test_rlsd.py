@@ -54,6 +54,8 @@ def test_credit_by_hand(batch):
     assert credit.advantages.tolist() == pytest.approx([*expected, 0], rel=1e-5)
     assert credit.token_weights.tolist() == [1] * 6 + [0]
     assert credit.path.tolist() == [0] * 7
+    # Of the tokens that were read and have an advantage; exp(0.1) and exp(-0.1) stay inside.
+    assert credit.metrics == {"weight_clipped": pytest.approx(4 / 6)}
 
 
 def test_pessimistic_credit_by_hand(batch):

@@ -1,3 +1,4 @@
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -105,6 +106,9 @@ def test_a_random_sibling_is_the_same_on_every_rank_and_anew_for_each_rollout_st
         assert sum(a == b for a, b in zip(drawn(), other, strict=True)) < 8
     # The draw belongs to the rollout, not to its place in the batch.
     assert texts(batch[::-1], sources=["sibling"], sibling="random") == drawn()[::-1]
+    # And to its row, whatever group the order of the prompts made it.
+    elsewhere = [(dataclasses.replace(one, group_id=17), verdict) for one, verdict in batch]
+    assert texts(elsewhere, sources=["sibling"], sibling="random") == drawn()
 
 
 def test_every_sibling_can_be_drawn_but_the_rollout_itself() -> None:

@@ -155,3 +155,27 @@ def test_seeds_differ_between_samples_prompts_and_steps_and_repeat_with_the_run(
 
     assert len({*seeds(0), *seeds(1)}) == 12
     assert seeds(0) == seeds(0)
+
+
+def test_a_row_that_comes_twice_in_a_batch_is_sampled_with_other_seeds() -> None:
+    """Fewer rows than prompts, or the turn of an epoch: two groups, not one group twice."""
+
+    def seeds(rows: list[int]) -> list[tuple[int, int]]:
+        one = collector(first_wins, GRPO())
+        prompts = [one.prompts.rows[row] for row in rows]
+        one._sample(prompts, step=0, refills=0)
+        return [(r.prompt.index, r.seed) for r in cast(Any, one.engines).requests]
+
+    twice = seeds([1, 0, 1])
+    assert len(set(twice)) == 3 * GROUP_SIZE
+    assert set(seeds([0, 1])) < set(twice), "whatever else is sampled beside it"
+
+
+def test_what_is_right_is_decided_before_a_reward_is_rounded() -> None:
+    """1 - 1e-9 is 1 in float32: right for the method and wrong for the teacher's sources."""
+    nearly = 1 - 1e-9
+    batch = collector(lambda _: Verdict(reward=nearly), GRPO()).collect(0, Phases()).batch
+    assert batch.rewards.tolist() == [1.0] * 6
+    assert not batch.is_correct.any()
+    assert Verdict(reward=nearly).is_wrong(1.0)
+    assert not Verdict(reward=1.0, error="it broke").is_right(1.0)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megasd.algorithms.base import Algorithm, Needs
+from megasd.algorithms.dasd import DASD
+from megasd.algorithms.entropy_bonus import EntropyBonus
 from megasd.algorithms.grpo import GRPO
 from megasd.algorithms.rlsd import RLSD
 from megasd.loop.experience import Experience
@@ -169,6 +171,26 @@ def test_no_pass_runs_that_cannot_change_the_update() -> None:
     assert metrics["teacher/rows_scored"] == 0.0
     reader(policy, GRPO()).read(an_experience(), step=0)
     assert policy.passes == []
+
+
+def test_the_student_is_not_read_for_an_entropy_that_nothing_looks_at() -> None:
+    """DASD pushes only where a teacher read something; an entropy bonus of 0 is GRPO."""
+
+    def nothing(*_: Any) -> list[None]:
+        return [None] * 6
+
+    for algorithm in (DASD(beta=0.0), DASD(), EntropyBonus(alpha=0.0)):
+        policy = FakePolicy()
+        one = reader(policy, algorithm)
+        cast(Any, one.privileged).texts = nothing  # no rollout has a context
+        experience = an_experience()
+        batch, _ = one.read(experience, step=0)
+        assert policy.passes == []
+        credit, plain = (a.assign_credit(batch, 0) for a in (algorithm, GRPO()))
+        assert torch.equal(credit.advantages, plain.advantages)
+    policy = FakePolicy()
+    reader(policy, DASD()).read(an_experience(), step=0)
+    assert policy.order == ["teacher", "student"]
 
 
 @pytest.mark.parametrize(

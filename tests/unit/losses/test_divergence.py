@@ -181,6 +181,28 @@ def test_the_tail_of_a_float32_support_that_holds_almost_everything_is_finite(
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_small_float32_tail_is_as_good_as_the_rounding_of_its_log_probs(
+    kind: DivergenceKind,
+) -> None:
+    """The support is that of the side whose tail is small, which divides."""
+    random = torch.Generator().manual_seed(3)
+    count, top, share = 4000, 8, torch.rand(2, 4000, 1, generator=random, dtype=torch.float64)
+    small, large = 10 ** (-3 - 4 * share[0]), 10 ** (-1 - 2 * share[1])
+    logits = torch.randn(2, count, top, generator=random, dtype=torch.float64)
+    of_small, of_large = (
+        part.log_softmax(-1) + torch.log1p(-tail)
+        for part, tail in zip(logits, (small, large), strict=True)
+    )
+    sides = (of_small, of_large) if kind == "forward_kl" else (of_large, of_small)
+    exact, found = (
+        divergence(*(s.to(dtype) for s in sides), kind=kind, rest="tail", vocab_size=64)
+        for dtype in (torch.float64, torch.float32)
+    )
+    bound = large * 1.2e-7 / small + 2e-6  # half a unit in the last place of the log-probs
+    assert ((found - exact).abs() <= bound.squeeze(1)).all()
+
+
 def _extreme(kind: DivergenceKind, s: float, t: float) -> tuple[float, float]:
     entries, slopes = divergence_entries(kind, torch.tensor([s]), torch.tensor([t]), alpha=0.25)
     return entries.item(), slopes.item()
