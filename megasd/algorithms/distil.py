@@ -85,7 +85,7 @@ class DistIL(Algorithm):
         advantages = -future
         if self.baseline == "group_position":
             if len(batch.group_ids.unique()) == batch.num_rollouts:
-                raise ValueError("algorithm.baseline: group_position: set rollout.group_size > 1")
+                raise ValueError("algorithm.baseline: group_position wants rollout.group_size > 1")
             has_future &= is_used  # a last token answers for nothing: no 0 in the mean
             mean = group_position_mean(future, has_future, batch.rollout_ids, batch.group_ids)
             advantages = torch.where(has_future, mean - future, 0.0)
