@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megasd.algorithms.rehearsal import rehearse
 from megasd.configuration.load import Config, to_container, to_yaml
 from megasd.configuration.validate import (
     context_length,
@@ -24,6 +23,7 @@ from megasd.data.datasets import load_prompts
 from megasd.data.prompts import Prompts
 from megasd.data.tokenizer import load_tokenizer
 from megasd.evaluation.evaluator import Evaluator
+from megasd.loop.rehearsal import rehearse
 from megasd.loop.watchdog import Watchdog
 from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics

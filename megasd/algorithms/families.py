@@ -10,15 +10,7 @@ from megasd.losses.credit import group_advantages, on_rollouts
 from megasd.losses.divergence import divergence
 from megasd.losses.policy_gradient import ClipRange, clipped_surrogate
 from megasd.losses.reduce import Reduction
-from megasd.types import (
-    Credit,
-    PerRollout,
-    PerToken,
-    ResponseBatch,
-    StudentOutput,
-    TokenLoss,
-    TokenMask,
-)
+from megasd.types import Credit, PerRollout, PerToken, ResponseBatch, StudentOutput, TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +63,6 @@ class WeighedAdvantage(PolicyGradient):
         if self.mix_steps is None:
             return self.mix
         return self.mix * max(0.0, 1.0 - step / self.mix_steps)
-
-    def clipped_share(self, log_weights: PerToken, chosen: TokenMask) -> dict[str, float]:
-        """To log: the share of `chosen` tokens whose evidence weight w leaves [1 - d, 1 + d]."""
-        if not chosen.any():
-            return {}
-        weights = log_weights[chosen].double().exp()
-        is_clipped = (weights - 1).abs() > self.max_deviation
-        return {"weight_clipped": is_clipped.double().mean().item()}
 
     def weighed(self, advantages: PerToken, log_weights: PerToken, step: int) -> PerToken:
         """A_hat, for w = exp(log_weights)."""

@@ -14,7 +14,7 @@ import torch
 
 from megasd.algorithms.base import Needs
 from megasd.algorithms.families import WeighedAdvantage
-from megasd.losses.credit import one_path, per_token
+from megasd.losses.credit import clipped_share, one_path, per_token
 from megasd.losses.reduce import Reduction
 from megasd.types import Credit, ResponseBatch, RolloutMask
 
@@ -63,7 +63,11 @@ class RLRT(WeighedAdvantage):
         log_weights = torch.where(is_open, -advantages.sign() * batch.teacher_gap(), 0.0)
         is_read = batch.response_mask & batch.has_context()[batch.rollout_ids]
         return one_path(self.weighed(advantages, log_weights, step), batch.response_mask)._replace(
-            metrics=self.clipped_share(log_weights, is_read & is_open & (advantages != 0))
+            metrics=clipped_share(
+                log_weights,
+                is_read & is_open & (advantages != 0),
+                max_deviation=self.max_deviation,
+            )
         )
 
     def _is_open(self, batch: ResponseBatch) -> RolloutMask:

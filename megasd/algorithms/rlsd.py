@@ -15,7 +15,7 @@ import torch
 
 from megasd.algorithms.base import Needs
 from megasd.algorithms.families import WeighedAdvantage
-from megasd.losses.credit import one_path, per_token
+from megasd.losses.credit import clipped_share, one_path, per_token
 from megasd.types import Credit, ResponseBatch, RolloutMask
 
 
@@ -75,5 +75,7 @@ class RLSD(WeighedAdvantage):
             credit = torch.minimum(unclipped, credit)
         is_read = batch.response_mask & batch.has_context()[batch.rollout_ids]
         return one_path(credit, batch.response_mask)._replace(
-            metrics=self.clipped_share(log_weights, is_read & (advantages != 0))
+            metrics=clipped_share(
+                log_weights, is_read & (advantages != 0), max_deviation=self.max_deviation
+            )
         )

@@ -64,6 +64,17 @@ def overlong_penalty(
     return ((start - lengths.double()) / buffer_tokens).clamp(-1.0, 0.0)
 
 
+def clipped_share(
+    log_weights: PerToken, chosen: TokenMask, *, max_deviation: float
+) -> dict[str, float]:
+    """To log (RLSD, fig. 5c): the share of `chosen` tokens whose w = exp(log_weights) is clipped,
+    further from 1 than `max_deviation`; nothing where no token is chosen."""
+    if not chosen.any():
+        return {}
+    is_clipped = (log_weights[chosen].double().exp() - 1).abs() > max_deviation
+    return {"weight_clipped": is_clipped.double().mean().item()}
+
+
 def one_path(
     advantages: PerToken, response_mask: TokenMask, *, zeros_count: bool = False
 ) -> Credit:

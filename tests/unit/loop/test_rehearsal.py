@@ -8,7 +8,7 @@ import pytest
 from megasd.algorithms import ALGORITHMS, load_algorithm
 from megasd.algorithms.base import Needs
 from megasd.algorithms.families import PolicyGradient
-from megasd.algorithms.rehearsal import rehearse
+from megasd.loop.rehearsal import rehearse
 from megasd.losses.credit import one_path, per_token
 from megasd.types import Credit, ResponseBatch
 
