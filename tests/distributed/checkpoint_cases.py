@@ -138,6 +138,84 @@ def resume_with_other_settings(
     }
 
 
+class AdamWithoutState(torch.optim.Optimizer):
+    """What Transformer Engine's FusedAdam keeps, and when: of each parameter nothing before its
+    first step, after it both moments; the number of steps in the param groups."""
+
+    def __init__(self, params: Any, *, adam_w_mode: bool, **defaults: Any) -> None:
+        assert adam_w_mode
+        super().__init__(params, {"bias_correction": True, **defaults})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (first, second), step = group["betas"], group["step"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter)
+                state["exp_avg"].lerp_(parameter.grad, 1 - first)
+                state["exp_avg_sq"].lerp_(parameter.grad**2, 1 - second)
+                scale = (state["exp_avg_sq"] / (1 - second**step)).sqrt_() + group["eps"]
+                change = state["exp_avg"] / (1 - first**step) / scale
+                parameter.sub_(group["lr"] * (change + group["weight_decay"] * parameter))
+
+
+@contextlib.contextmanager
+def _an_adam_without_state() -> Iterator[None]:
+    """Megatron's optimizers are made as where Transformer Engine is installed."""
+    from megasd.policy import backend
+
+    backend.start("cpu")
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+        patch.setattr(optimizer, "Adam", AdamWithoutState)
+        patch.setattr(distrib_optimizer, "Adam", AdamWithoutState)
+        patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+        patch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)
+        yield
+
+
+def save_before_the_first_step(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The first step is skipped, and what comes is saved; then the run goes on."""
+    policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
+    views = cases.random_views(5, count=7, vocab=121)
+    batch, credit = cases.batch_and_credit(views, 99, policy.backend.device.type)
+    credit = credit._replace(advantages=torch.full_like(credit.advantages, float("nan")))
+    offsets = cases.offsets_of(views)
+    done = policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
+    assert done.skipped
+    checkpoints.save(1)
+    return _everything(policy, _learn(policy, prompts, range(1, 3)))
+
+
+def resume_before_the_first_step(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
+    checkpoints.restore()
+    return _everything(policy, _learn(policy, prompts, range(1, 3)))
+
+
+def save_before_the_first_step_of_another_adam(*arguments: Any) -> dict[str, Any]:
+    with _an_adam_without_state():
+        return save_before_the_first_step(*arguments)
+
+
+def resume_before_the_first_step_of_another_adam(*arguments: Any) -> dict[str, Any]:
+    with _an_adam_without_state():
+        return resume_before_the_first_step(*arguments)
+
+
 def resume_what_is_not_this_run(folder: Path, run_folder: Path) -> str:
     _, _, checkpoints = _a_run(folder, run_folder, {})
     with pytest.raises(ValueError, match="resume") as failure:

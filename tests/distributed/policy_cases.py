@@ -190,6 +190,35 @@ def frequencies(hf_config: Mapping[str, Any]) -> np.ndarray:
     return rope.inv_freq.numpy()
 
 
+def what_layers_on_a_gpu_do_otherwise(folder: Path) -> dict[str, Any]:
+    """Scores in three ways, and the rotary embeddings that Megatron then keeps, by their lengths.
+
+    As on a CPU; with key-value heads laid out for each query head; with few rotary lengths.
+    """
+    policy = make_policy(folder, {"max_tokens": 60})
+    from megasd.policy.megatron.fixes import ask_for_few_rotary_lengths
+
+    views = random_views(5, count=11, vocab=100)
+    scores = [policy.score(views, offsets_of(views)).logprobs.numpy()]
+    gpt, asked = policy.state.gpt, set()
+    for layer in gpt.decoder.layers:
+        layer.self_attention.core_attention.repeats_heads = True
+    scores.append(policy.score(views, offsets_of(views)).logprobs.numpy())
+    ask_for_few_rotary_lengths(gpt)
+    gpt.rotary_pos_emb.register_forward_pre_hook(lambda _, given: asked.add(given[0]))
+    scores.append(policy.score(views, offsets_of(views)).logprobs.numpy())
+    return {"scores": scores, "asked": asked}
+
+
+def join_a_world_of_its_own_twice() -> tuple[int, bool]:
+    """As the tests of tests/gpu do, all of them in one process."""
+    from tests.gpu.alone import join_alone
+
+    dist.destroy_process_group()
+    first, again = join_alone("cpu"), join_alone("cpu")
+    return dist.get_world_size(), first is again
+
+
 def faults_with_experts(folder: Path) -> dict[str, bool]:
     """Whether each fault of Megatron's experts that policy/megatron/fixes.py mends is there."""
     import importlib.util

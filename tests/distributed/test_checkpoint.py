@@ -72,6 +72,17 @@ def test_a_run_resumed_with_more_steps_follows_the_schedule_of_its_own_configura
     assert resumed["steps"] == {3.0}
 
 
+def test_a_run_whose_first_step_was_skipped_is_saved_and_resumes_with_an_adam_without_state(
+    experts: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """As Transformer Engine's: a part of the optimizer for the experts, one for the rest."""
+    given = (experts, tmp_path, {"dtype": "bfloat16", "expert": 2})
+    whole = ranks.run(cases.save_before_the_first_step_of_another_adam, *given, world_size=2)
+    resumed = ranks.run(cases.resume_before_the_first_step_of_another_adam, *given, world_size=2)
+    np.testing.assert_equal(resumed, whole)
+    assert whole[0]["version"] == 2
+
+
 @pytest.mark.parametrize(
     ("model", "saved", "resumed"),
     [

@@ -171,6 +171,22 @@ def test_llama_3s_frequencies_are_those_of_transformers(ranks: Ranks) -> None:
         np.testing.assert_allclose(found, theirs.numpy(), rtol=1e-6)
 
 
+def test_what_layers_on_a_gpu_do_otherwise_changes_no_score(
+    folders: Mapping[str, Path], ranks: Ranks
+) -> None:
+    (found,) = ranks.run(
+        cases.what_layers_on_a_gpu_do_otherwise, folders["qwen3 untied"], world_size=1
+    )
+    plain, repeated, rounded = found["scores"]
+    np.testing.assert_allclose(repeated, plain, atol=1e-6)
+    np.testing.assert_array_equal(rounded, repeated)
+    assert found["asked"] == {1024}, "one entry in Megatron's cache, whatever the lengths"
+
+
+def test_the_tests_of_a_gpu_can_join_their_world_once_each_in_one_process(ranks: Ranks) -> None:
+    assert ranks.run(cases.join_a_world_of_its_own_twice, world_size=1) == [(1, True)]
+
+
 def test_megatrons_faults_with_experts_are_still_there(
     folders: Mapping[str, Path], ranks: Ranks
 ) -> None:

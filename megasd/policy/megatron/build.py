@@ -25,6 +25,7 @@ from megasd.policy.checks import UNEVEN, gathers_unevenly
 from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megasd.policy.megatron.fixes import (
     allocate_adam_state,
+    ask_for_few_rotary_lengths,
     count_tokens_to_send_on_a_cpu,
     define_te_general_gemm,
     forget_routing_after_use,
@@ -109,7 +110,7 @@ def start_parallel(parallel: ParallelConfig, backend: Backend, seed: int) -> Lay
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.ranks_per_expert,
         distributed_timeout_minutes=max(1, parallel.timeout_seconds // 60),
-        create_gloo_process_groups=backend.is_cuda,
+        create_gloo_process_groups=False,  # only Megatron's own checkpoints of optimizers use them
     )
     model_parallel_cuda_manual_seed(seed)
     groups: Any = parallel_state  # typed as groups or lists of groups
@@ -186,6 +187,7 @@ def transformer_config(
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # wants apex
+        deterministic_mode=backend.deterministic,
         **recompute,
         **(
             _expert_config(hf_config, table.num_experts, layout, fused) if table.num_experts else {}
@@ -265,6 +267,8 @@ def build_model(
         share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings", False)),
     )
     forget_routing_after_use(gpt)
+    if backend.transformer_engine:
+        ask_for_few_rotary_lengths(gpt)
     return gpt.to(backend.device)
 
 

@@ -1,14 +1,16 @@
 """What megatron-core 0.16 gets wrong for us: one named function per fault, each with a test.
 
-Three concern the distributed optimizer over torch's AdamW, which Megatron falls back to when
-neither Transformer Engine nor apex is installed; with their FusedAdam they do nothing. Three
-concern experts: two of them without Transformer Engine or on a CPU, one everywhere.
+Three concern the distributed optimizer: one whatever Adam it is over, two over torch's AdamW, which
+Megatron falls back to when neither Transformer Engine nor apex is there; with their FusedAdam these
+two do nothing. Three concern experts: two of them without Transformer Engine or on a CPU, one
+everywhere. One concerns the memory of rotary embeddings.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -54,6 +56,24 @@ def _forget_routing(layer: MoELayer, *_: Any) -> None:
     dispatcher.reversed_local_input_permutation_mapping = None
 
 
+def ask_for_few_rotary_lengths(gpt: GPTModel) -> None:
+    """Ask for rotary embeddings of 1,024, 2,048, 4,096, ... positions only.
+
+    Megatron keeps the embeddings of the last 32 lengths that it was asked for, and the longest
+    sequence of nearly every micro-batch is another. Transformer Engine's kernel reads no rows
+    beyond its sequences; Megatron's own function takes as many rows as the micro-batch has tokens
+    for another thing, positions that run on from one sequence to the next: not for local layers.
+    """
+    rotary: Any = gpt.rotary_pos_emb
+    length = rotary.get_rotary_seq_len
+    rotary.get_rotary_seq_len = lambda *args, **kwargs: rotary_length(length(*args, **kwargs))
+
+
+def rotary_length(longest: int) -> int:
+    """The next power of two, from 1,024 on."""
+    return max(1024, 1 << (longest - 1).bit_length())
+
+
 def _adams(optimizer: ChainedOptimizer) -> Iterator[torch.optim.Adam]:
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.Adam):  # AdamW is one
@@ -61,11 +81,16 @@ def _adams(optimizer: ChainedOptimizer) -> Iterator[torch.optim.Adam]:
 
 
 def allocate_adam_state(optimizer: ChainedOptimizer) -> None:
-    """Give AdamW its state before the first step.
+    """Give Adam its state before the first step.
 
-    Megatron's `state_dict` and `load_state_dict` assume that it exists; saving a run whose first
-    step was skipped, or loading into a fresh process, fails without.
+    Megatron's `state_dict` and `load_state_dict` assume that it exists: without, torch's AdamW
+    cannot be saved before a step, and FusedAdam saves no moments, which cannot be loaded. What
+    Megatron would call for it leaves out the `step` of torch's AdamW.
     """
+    for part in optimizer.chained_optimizers:
+        fused: Any = part.optimizer
+        if fused is not None and not isinstance(fused, torch.optim.Adam):
+            part.init_state_fn(fused, part.config)
     for adam in _adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:

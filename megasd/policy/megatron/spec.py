@@ -60,6 +60,9 @@ class PackedAttention(torch.nn.Module):
         super().__init__()
         assert config.kv_channels is not None
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        # On CUDA no kernel for float32 knows grouped heads but the one that keeps all scores.
+        is_on_cuda = not config.use_cpu_initialization
+        self.repeats_heads = is_on_cuda and config.params_dtype is torch.float32
 
     def forward(
         self,
@@ -80,6 +83,8 @@ class PackedAttention(torch.nn.Module):
             x.index_select(0, place.flatten()).view(*place.shape, *x.shape[1:]).transpose(1, 2)
             for x in (query, key, value)
         )
+        if self.repeats_heads:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
         )
