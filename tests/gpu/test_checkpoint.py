@@ -1,6 +1,5 @@
 """A checkpoint on a GPU: copied before the next step changes it, written beside that step."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 
 from megasd.testing.tiny import tiny_qwen3
 from tests.distributed import checkpoint_cases as cases
+from tests.gpu.alone import join_alone
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,20 +16,14 @@ pytestmark = [
 ]
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_what_is_written_is_the_step_at_which_the_save_began(tmp_path: Path) -> None:
-    from megasd.policy import backend
-    from megasd.testing.ranks import forget_model_parallel
-
-    os.environ.pop("RANK", None)
-    if not torch.distributed.is_initialized():
-        backend.join_ranks(backend.start("cuda"), timeout_seconds=60)
-    forget_model_parallel()
     folder = tiny_qwen3(
         tmp_path / "model", vocab=121, hidden=256, heads=4, head_dim=64, norm_spread=0.2
     )
     settings = {"device": "cuda", "dtype": "bfloat16", "teacher": {"weights": "ema", "decay": 0.5}}
     whole = cases.save_in_the_middle(folder, tmp_path, settings)
-    forget_model_parallel()
+    join_alone("cuda")
     resumed, notes = cases.resume(folder, tmp_path, settings)
     assert notes == []
     assert resumed["version"] == whole["version"]
@@ -38,3 +32,15 @@ def test_what_is_written_is_the_step_at_which_the_save_began(tmp_path: Path) -> 
         assert metrics["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=0.02)
         assert drawn == expected[1]
         np.testing.assert_allclose(teacher, expected[3], atol=0.05)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_run_whose_first_step_was_skipped_is_saved_and_resumes(tmp_path: Path) -> None:
+    """With Transformer Engine, whose Adam has no state of its own before its first step."""
+    folder = tiny_qwen3(tmp_path / "model", vocab=121, hidden=256, heads=4, head_dim=64)
+    settings = {"device": "cuda", "dtype": "bfloat16"}
+    whole = cases.save_before_the_first_step(folder, tmp_path, settings)
+    join_alone("cuda")
+    resumed = cases.resume_before_the_first_step(folder, tmp_path, settings)
+    for name, weight in whole["weights"].items():
+        np.testing.assert_allclose(resumed["weights"][name], weight, atol=0.02, err_msg=name)

@@ -1,6 +1,5 @@
 """The planner's lists of what Transformer Engine's layers save, and its peak, against a GPU."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +48,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny_qwen3_moe(path, experts=8, moe_intermediate=768, **SIZES)
 
 
-@pytest.fixture(scope="module")
-def engine() -> str:
-    from megasd.policy import backend
-
-    os.environ.pop("RANK", None)
-    started = backend.start("cuda")
-    if not torch.distributed.is_initialized():
-        backend.join_ranks(started, timeout_seconds=60)
-    return "transformer_engine" if started.transformer_engine else "local"
-
-
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_forward_on_a_gpu_saves_what_the_planner_counts_and_peaks_where_it_says(
-    recompute: str, folder: Path, engine: Any
+    recompute: str, folder: Path, one_rank: Any
 ) -> None:
     """10% of the saved tensors, and of the peak of a forward and a backward pass."""
-    from megasd.testing.ranks import forget_model_parallel
-
-    forget_model_parallel()  # the policy of the test before
     model = Model.of(read_hf_config(folder))
     settings = {"device": "cuda", "dtype": "bfloat16", "recompute": recompute}
     before = torch.cuda.memory_allocated()
@@ -78,7 +63,7 @@ def test_a_forward_on_a_gpu_saves_what_the_planner_counts_and_peaks_where_it_say
         tokens=COUNT * LENGTH,
         longest=LENGTH,
         dtype_bytes=2,
-        engine=engine,
+        engine="transformer_engine" if one_rank.transformer_engine else "local",
     )
     is_full = recompute == "full"
     kept = kept_on_stage(cut, stage=0, recompute=is_full, in_flight=1)

@@ -1,6 +1,5 @@
 """The policy on a GPU: the cuda backend, Transformer Engine when it is installed, nccl."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +45,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("llama"), **SIZES)
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from megasd.policy import backend
-
-    os.environ.pop("RANK", None)
-    backend.join_ranks(backend.start("cuda"), timeout_seconds=60)
-
-
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("model", ["folder", "experts", "llama"])
 def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(
@@ -61,9 +52,6 @@ def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from megasd.testing.ranks import forget_model_parallel
-
-    forget_model_parallel()  # the policy of the test before
     folder = request.getfixturevalue(model)
     policy = cases.make_policy(folder, {"dtype": "bfloat16", "device": "cuda", "max_tokens": 200})
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -90,18 +78,16 @@ def test_bfloat16_on_a_gpu_scores_as_transformers_does_and_learns(
     assert not any(done.skipped for done in losses)
 
 
-@pytest.mark.usefixtures("one_rank")
-def test_experts_are_one_grouped_gemm_and_load_and_leave_as_they_came(experts: Path) -> None:
+def test_experts_are_one_grouped_gemm_and_load_and_leave_as_they_came(
+    experts: Path, one_rank: Any
+) -> None:
     from safetensors.torch import load_file
 
-    from megasd.policy import backend
-    from megasd.testing.ranks import forget_model_parallel
     from megasd.weights.bucket import named_tensors
 
-    forget_model_parallel()
     policy = cases.make_policy(experts, {"dtype": "bfloat16", "device": "cuda"})
     grouped = "decoder.layers.1.mlp.experts.linear_fc2.weight7" in policy.parameters
-    assert grouped == backend.start("cuda").transformer_engine
+    assert grouped == one_rank.transformer_engine
     expected = load_file(experts / "model.safetensors")
     found = {
         name: tensor.cpu() for name, tensor in named_tensors(policy.weight_buckets(whole=True))
@@ -114,11 +100,9 @@ def test_experts_are_one_grouped_gemm_and_load_and_leave_as_they_came(experts: P
 @pytest.mark.usefixtures("one_rank")
 def test_every_method_trains_on_a_gpu(folder: Path) -> None:
     """Every kind of pass: top-k, ids, samples, hidden states, several roles, two mini-batches."""
-    from megasd.testing.ranks import forget_model_parallel
     from tests.distributed import methods_cases
     from tests.distributed.test_methods import methods
 
-    forget_model_parallel()  # the policy of the test before
     settings = {"device": "cuda", "dtype": "bfloat16", "max_tokens": 200}
     for name, steps in methods_cases.train_methods(folder, settings, methods()).items():
         assert np.isfinite(steps).all(), name

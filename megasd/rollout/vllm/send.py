@@ -157,6 +157,8 @@ class Channel:
         header = Header.of(bucket, check, memory)
         if tamper is not None:
             tamper(bucket)
+            if bucket.flat.is_cuda:
+                torch.cuda.synchronize(bucket.flat.device)  # the worker reads by itself
         number, self._sent = self._sent, self._sent + 1
         self._put(f"{self._update}/{number}", header)
         if self.feed.kind == "ipc":
