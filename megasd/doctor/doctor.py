@@ -76,6 +76,7 @@ def examine(folder: Path) -> list["Finding"]:
     from megasd.doctor.machine import (
         check_folder,
         check_gpus,
+        check_transformer_engine,
         check_versions,
         gather_facts,
         own_requirements,
@@ -86,6 +87,7 @@ def examine(folder: Path) -> list["Finding"]:
     return [
         *check_gpus(facts),
         *check_versions(facts.versions, own_requirements(), has_gpu=has_gpu),
+        *check_transformer_engine(facts),
         *_sandbox(),
         *check_folder(folder),
         *_local_ranks(folder, facts.visible_gpus or 2),

@@ -23,7 +23,11 @@ _FIELDS = (
     *("name", "driver_version", "memory.total", "memory.used", "clocks.max.sm"),
     *("ecc.mode.current", "ecc.errors.uncorrected.volatile.total"),
 )
-_SLOWED = ("clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.hw_thermal_slowdown")
+_SLOWED = ("hw_slowdown", "hw_thermal_slowdown")
+_REASONS = (
+    "clocks_event_reasons",
+    "clocks_throttle_reasons",
+)  # what drivers call them, new and old
 USED_MIB = 1024  # more than this in use before a run starts is somebody else's
 FREE_GIB = 1  # less room than this is no room, whatever the model
 
@@ -63,6 +67,7 @@ class Facts:
     gpus: tuple[GPU, ...] | None = None  # None: nvidia-smi is not there or fails
     visible_gpus: int = 0  # to torch
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    transformer_engine: str | None = None  # why the one that is installed cannot be imported
 
     def comparable(self) -> dict[str, str]:
         """What must be the same on all ranks of a job, by what it is called."""
@@ -80,14 +85,19 @@ def _gib(mib: int | None) -> str:
 
 
 def gather_facts(rank: int = 0) -> Facts:
-    """Of this process's machine; starts no CUDA context."""
+    """Of this process's machine; importing Transformer Engine may start a CUDA context."""
     import torch
 
+    from megasd.policy.backend import is_transformer_engine_installed, transformer_engine_fault
+
+    gpus, visible = read_gpus(), torch.cuda.device_count()
+    tries_it = visible > 0 and is_transformer_engine_installed()
     return Facts(
         rank=rank,
-        gpus=read_gpus(),
-        visible_gpus=torch.cuda.device_count(),
+        gpus=gpus,
+        visible_gpus=visible,
         versions=installed_versions(),
+        transformer_engine=transformer_engine_fault() if tries_it else None,
     )
 
 
@@ -102,7 +112,8 @@ def read_gpus() -> tuple[GPU, ...] | None:
     lines = _query(_FIELDS)
     if lines is None:
         return None
-    slowed = _query(_SLOWED)
+    asked = (_query([f"{reasons}.{name}" for name in _SLOWED]) for reasons in _REASONS)
+    slowed = next((answer for answer in asked if answer is not None), None)
     found = []
     for number, values in enumerate(lines):
         name, driver, total, used, clock, ecc, errors = values
@@ -203,6 +214,19 @@ def _faults_of(number: int, gpu: GPU) -> list[Finding]:
             )
         )
     return found
+
+
+def check_transformer_engine(facts: Facts) -> list[Finding]:
+    """What a run with `model.layers: auto` would end with."""
+    if facts.transformer_engine is None:
+        return []
+    return [
+        Finding(
+            "wrong",
+            "Transformer Engine is installed and cannot be imported "
+            f"({facts.transformer_engine}); mend its installation, or set model.layers=local",
+        )
+    ]
 
 
 def check_versions(

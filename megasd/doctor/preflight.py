@@ -23,7 +23,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from megasd.doctor.machine import Facts, Finding, check_folder, check_gpus, gather_facts
+from megasd.doctor.machine import (
+    Facts,
+    Finding,
+    check_folder,
+    check_gpus,
+    check_transformer_engine,
+    gather_facts,
+)
 from megasd.planner.hardware import GB, GPUS
 
 ARRIVAL_SECONDS = 120  # some nodes start a container or import torch much later than others
@@ -152,7 +159,7 @@ def _about_each_node(everyone: Sequence[Facts]) -> list[Finding]:
     bad = [
         Finding(finding.level, f"node {host}: {finding.sentence}")
         for host, facts in sorted(first.items(), key=lambda item: item[1].rank)
-        for finding in check_gpus(facts)
+        for finding in (*check_gpus(facts), *check_transformer_engine(facts))
         if finding.level != "ok"
     ]
     return bad or [Finding("ok", "GPUs have free memory, no ECC errors, and are not slowed")]

@@ -16,6 +16,7 @@ from megasd.doctor.machine import (
     Finding,
     check_folder,
     check_gpus,
+    check_transformer_engine,
     check_versions,
     read_gpus,
 )
@@ -23,7 +24,8 @@ from megasd.doctor.machine import (
 GOOD = GPU("NVIDIA H200", "580.1", 143771, 5, 1980, "Enabled", 0, False)
 SMI = """#!/bin/sh
 case "$1" in
-*clocks_throttle*) {slowed};;
+*clocks_event*) {slowed};;
+*clocks_throttle*) {older};;
 *) printf 'NVIDIA H200, 580.65.06, 143771, 4, 1980, Enabled, 0\\n{second}\\n';;
 esac
 """
@@ -45,13 +47,15 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_nvidia_smi_is_read_and_an_old_driver_that_knows_a_field_less_too(smi: Path) -> None:
     second = "NVIDIA H200, 580.65.06, 143771, 4, 1980, [N/A], [N/A]"
-    smi.write_text(SMI.format(second=second, slowed=r"printf 'Not Active, Active\n[N/A], [N/A]\n'"))
-    smi.chmod(0o755)
-    gpus = read_gpus()
-    assert gpus is not None
-    assert gpus[0] == GPU("NVIDIA H200", "580.65.06", 143771, 4, 1980, "Enabled", 0, True)
-    assert (gpus[1].ecc, gpus[1].ecc_errors, gpus[1].is_slowed) == ("[N/A]", None, False)
-    smi.write_text(SMI.format(second=second, slowed="exit 2"))
+    answer = r"printf 'Not Active, Active\n[N/A], [N/A]\n'"
+    for slowed, older in ((answer, "exit 2"), ("exit 2", answer)):
+        smi.write_text(SMI.format(second=second, slowed=slowed, older=older))
+        smi.chmod(0o755)
+        gpus = read_gpus()
+        assert gpus is not None
+        assert gpus[0] == GPU("NVIDIA H200", "580.65.06", 143771, 4, 1980, "Enabled", 0, True)
+        assert (gpus[1].ecc, gpus[1].ecc_errors, gpus[1].is_slowed) == ("[N/A]", None, False)
+    smi.write_text(SMI.format(second=second, slowed="exit 2", older="exit 2"))
     assert [gpu.is_slowed for gpu in read_gpus() or ()] == [None, None]
     smi.write_text("#!/bin/sh\nexit 9\n")
     assert read_gpus() is None
@@ -73,6 +77,16 @@ def test_a_driver_that_torch_cannot_use_is_a_fault(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (said,) = wrong(check_gpus(machine(GOOD, GOOD, visible=0)))
     assert said.startswith("torch sees 0 of 2 GPUs: its CUDA does not fit the driver")
+
+
+def test_a_transformer_engine_that_does_not_import_is_a_fault_of_its_node() -> None:
+    half = dataclasses.replace(machine(GOOD), transformer_engine="OSError: libcudnn.so.9")
+    (said,) = wrong(check_transformer_engine(half))
+    assert "cannot be imported (OSError: libcudnn.so.9); mend its installation, or set " in said
+    assert check_transformer_engine(machine(GOOD)) == []
+    both = [machine(GOOD), dataclasses.replace(half, host="bad", rank=1)]
+    (said,) = wrong(preflight._about_each_node(both))
+    assert said.startswith("node bad: Transformer Engine is installed and cannot be imported")
 
 
 def test_what_cannot_be_seen_is_said_and_is_no_fault() -> None:
