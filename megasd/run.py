@@ -59,7 +59,12 @@ def start_training(config: Config, *, resume: bool) -> bool:
     False: saved and stopped before it, because the cluster asked for it.
     """
     rehearse(config.algorithm)
-    started = backend.start(config.run.device)
+    started = backend.start(
+        config.run.device,
+        layers=config.model.layers,
+        tensor=config.parallel.tensor,
+        deterministic=config.run.deterministic,
+    )
     # Megatron may be imported from here on.
     from megasd.checkpoint.checkpoints import Checkpoints
     from megasd.checkpoint.export import export_hf

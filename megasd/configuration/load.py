@@ -42,6 +42,7 @@ class RunConfig:
     steps: int = 100  # rollout batches
     seed: int = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda when there is one, else cpu
+    deterministic: bool = False  # on GPUs: kernels that add in a fixed order, at some cost
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ from typing import Any
 
 from megasd.configuration.load import Config, Loaded, is_within, keys_in
 from megasd.metrics.run_folder import CONFIG_FILE
-from megasd.policy.checks import check_cut, check_experts, check_layout, ranks_per_replica
+from megasd.policy.checks import (
+    check_cut,
+    check_experts,
+    check_layers,
+    check_layout,
+    ranks_per_replica,
+)
 
 AT_LEAST_1 = (
     "run.steps",
@@ -97,6 +103,14 @@ def validate(
         *check_batch(config, world_size),
         *check_schedule(config),
         *check_layout(config.parallel, world_size=world_size, device=config.run.device),
+        *check_layers(
+            config.model,
+            config.parallel,
+            hf_config,
+            device=config.run.device,
+            tokens=config.optimizer.max_tokens_per_microbatch,
+            longest=longest_view(config, hf_config),
+        ),
         *check_cut(config.parallel, hf_config),
         *check_experts(config.parallel, hf_config),
         *check_lengths(config, hf_config),
@@ -346,16 +360,14 @@ def check_rollout(
     will_run_here: bool = True,
 ) -> list[str]:
     """Whether the engines can run; an algorithm that samples nothing may still be evaluated."""
-    import torch
-
+    from megasd.policy.backend import device_type
     from megasd.rollout.checks import check_engines
 
-    device = config.run.device
     return check_engines(
         config.rollout,
         world_size=world_size,
         ranks_per_stage=max(1, world_size // max(1, config.parallel.pipeline)),
-        is_cuda=device == "cuda" or (device == "auto" and torch.cuda.is_available()),
+        is_cuda=device_type(config.run.device) == "cuda",
         dtype=config.model.dtype,
         hf_config=hf_config,
         max_tokens=longest_rollout(config),

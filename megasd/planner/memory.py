@@ -12,7 +12,6 @@ from megasd.configuration.load import Config
 from megasd.configuration.validate import longest_rollout, longest_view
 from megasd.planner.activations import (
     Cut,
-    Engine,
     forward_pass,
     gather_buffer,
     kept_on_stage,
@@ -153,13 +152,13 @@ class Scenario:
         return rollout.engine == "vllm" and rollout.vllm.placement == "colocated"
 
 
-def memory(scenario: Scenario, *, engine: Engine = "transformer_engine") -> Memory:
+def memory(scenario: Scenario) -> Memory:
     """Of the stage whose ranks hold most: the first, or the last, which has the head."""
     stages = {0, scenario.config.parallel.pipeline - 1}
-    return max((stage_memory(scenario, stage, engine) for stage in stages), key=lambda m: m.peak)
+    return max((stage_memory(scenario, stage) for stage in stages), key=lambda m: m.peak)
 
 
-def stage_memory(scenario: Scenario, stage: int, engine: Engine = "transformer_engine") -> Memory:
+def stage_memory(scenario: Scenario, stage: int) -> Memory:
     """Of the first data-parallel rank of pipeline stage `stage`."""
     config, assumed = scenario.config, scenario.assumed
     held = _held(scenario, scenario.model, stage)
@@ -169,7 +168,7 @@ def stage_memory(scenario: Scenario, stage: int, engine: Engine = "transformer_e
         tokens=scenario.packed_tokens,
         longest=longest_view(config, scenario.model.hf_config),
         dtype_bytes=scenario.dtype_bytes,
-        engine=engine,
+        engine="local" if config.model.layers == "local" else "transformer_engine",
         imbalance=assumed.expert_imbalance if scenario.model.experts else 1.0,
     )
     stages, recompute = config.parallel.pipeline, config.model.recompute == "full"

@@ -1,18 +1,34 @@
 """Where the policy runs, cuda + nccl (+ Transformer Engine) or cpu + gloo: the one place to know.
 
-`start` is called once, before anything imports megatron.core: on the CPU it prepares Megatron's
-import (policy/megatron/cpu.py), on cuda it installs nothing.
+`start` is called once, before anything imports megatron.core or touches CUDA: it sets what CUDA and
+its libraries read from the environment, decides whose layers are used, and on the CPU prepares
+Megatron's import (policy/megatron/cpu.py). docs/slurm.md has the variables and why they are set.
 """
 
+import importlib
 import importlib.util
 import os
+import sys
 import warnings
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+
+from megasd.policy.config import Layers
+
+# Megatron waits for collectives of tensor parallelism behind matrix products that it meant to run
+# beside them, unless the GPU has one queue for both.
+TENSOR_PARALLEL = {"CUDA_DEVICE_MAX_CONNECTIONS": ("1",)}
+# Of each: the values under which a run repeats itself; the first is set.
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # Megatron's list
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +38,7 @@ class Backend:
     device: torch.device
     collectives: str  # nccl, gloo
     transformer_engine: bool
+    deterministic: bool = False  # kernels that add in a fixed order; on a CPU they all do
 
     @property
     def is_cuda(self) -> bool:
@@ -56,34 +73,128 @@ def join_ranks(backend: Backend, *, timeout_seconds: int) -> None:
     dist.init_process_group(backend.collectives, timeout=timeout)
 
 
-def start(device: str) -> Backend:
-    """Choose `cuda`, `cpu` or `auto` (cuda when a GPU is visible) for this process, once."""
+def device_type(device: str) -> str:
+    """cuda or cpu, which `auto` means on this machine. Does not initialise CUDA."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.device_count() else "cpu"
+
+
+def start(
+    device: str, *, layers: Layers = "auto", tensor: int = 1, deterministic: bool = False
+) -> Backend:
+    """Choose `cuda`, `cpu` or `auto` (cuda when a GPU is visible) for this process, once.
+
+    `layers`, `tensor` and `deterministic` are model.layers, parallel.tensor and run.deterministic.
+    Raises ValueError, a sentence, for what cannot be had.
+    """
     global _started
-    wanted = device
-    if device == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"run.device: {device} was asked for, but torch {torch.__version__} sees no GPU; "
-            "set run.device=cpu or start the job on a GPU node"
-        )
+    wanted = device_type(device)
     if _started is not None:
         if _started.device.type != wanted:
             raise ValueError(f"run.device: this process already runs on {_started.device.type}")
         return _started
     if wanted == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-        # A task that sees its own GPU only has every rank's at index 0.
-        gpu = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(gpu)
-        has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-        _started = Backend(gpu, "nccl", has_transformer_engine)
+        _started = _start_cuda(device, layers, tensor, deterministic)
     else:
-        from megasd.policy.megatron import cpu
-
-        cpu.prepare_megatron()
-        _started = Backend(torch.device("cpu"), "gloo", False)
+        _started = _start_cpu(layers)
     # Megatron's own business, once per rank: nothing that a user could act on.
     for message in ("The .grad attribute of a Tensor", ".*tensor` is deprecated", ".*Apex is not"):
         warnings.filterwarnings("ignore", message=message)
     return _started
+
+
+def _start_cpu(layers: Layers) -> Backend:
+    from megasd.policy.megatron import cpu
+
+    if layers == "transformer_engine":
+        raise ValueError(
+            "model.layers: transformer_engine runs on GPUs only; set it to auto or local"
+        )
+    _hide("transformer_engine", "apex")  # their kernels want CUDA, and Megatron takes what it finds
+    cpu.prepare_megatron()
+    return Backend(torch.device("cpu"), "gloo", False)
+
+
+def _start_cuda(device: str, layers: Layers, tensor: int, deterministic: bool) -> Backend:
+    set_environment(os.environ, tensor=tensor, deterministic=deterministic)
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"run.device: {device} was asked for, but torch {torch.__version__} can use none of "
+            f"{torch.cuda.device_count()} GPUs; set run.device=cpu, start the job on a GPU node, "
+            "or install the driver that torch's CUDA needs"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    # A task that sees its own GPU only has every rank's at index 0.
+    gpu = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(gpu)
+    if deterministic:
+        # What has no such kernel warns and runs; new memory need not be filled for it.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return Backend(gpu, "nccl", _takes_transformer_engine(layers), deterministic)
+
+
+def set_environment(
+    environment: MutableMapping[str, str], *, tensor: int, deterministic: bool
+) -> None:
+    """Set what a run on CUDA wants where nothing is set; read when CUDA, cuBLAS, NCCL start.
+
+    Raises ValueError where a variable contradicts `deterministic`.
+    """
+    wanted: Mapping[str, tuple[str, ...]] = TENSOR_PARALLEL if tensor > 1 else {}
+    if deterministic:
+        wanted = {**wanted, **DETERMINISTIC}
+    for name, values in wanted.items():
+        value = environment.setdefault(name, values[0])
+        if name in DETERMINISTIC and value not in values:
+            raise ValueError(
+                f"run.deterministic: {name}={value} in the environment lets results differ; "
+                f"unset it, or set it to {' or '.join(values)}"
+            )
+
+
+def _takes_transformer_engine(layers: Layers) -> bool:
+    """Whether the layers are Transformer Engine's; where not, Megatron does not see it either."""
+    if layers == "local":
+        _hide("transformer_engine")
+        return False
+    if not is_transformer_engine_installed():
+        if layers == "auto":
+            return False
+        raise ValueError(
+            "model.layers: transformer_engine is not installed; install megasd's extra `gpu`, or "
+            "set model.layers=local"
+        )
+    if cause := transformer_engine_fault():
+        raise ValueError(
+            f"model.layers: Transformer Engine is installed and cannot be imported ({cause}); "
+            "mend its installation, or set model.layers=local"
+        )
+    return True
+
+
+def is_transformer_engine_installed() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_engine_fault() -> str | None:
+    """Why the installed Transformer Engine cannot be imported; None: it can.
+
+    Libraries that do not fit end in more than ImportError: OSError, RuntimeError, AssertionError.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    return None
+
+
+def _hide(*packages: str) -> None:
+    """Whoever imports one of them from now on finds it not installed."""
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in packages:
+            del sys.modules[name]
+    for package in packages:
+        sys.modules[package] = None  # pyright: ignore[reportArgumentType]

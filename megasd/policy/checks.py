@@ -6,9 +6,10 @@ Sentences as in megasd/configuration/validate.py.
 from collections.abc import Mapping
 from typing import Any
 
-from megasd.policy.config import ParallelConfig
+from megasd.policy.config import ModelConfig, ParallelConfig
 from megasd.weights.tables import table_for
 
+SCORES_GIB = 64  # attention scores beyond this fit no GPU beside a model
 UNEVEN = (
     "parallel.expert_tensor: the ranks of one expert would gather unequal numbers of tokens, which "
     "gloo on a CPU cannot; set it to 1, or parallel.expert to 1 and it to parallel.tensor"
@@ -51,6 +52,43 @@ def check_layout(parallel: ParallelConfig, *, world_size: int, device: str) -> l
     if device == "cpu" and gathers_unevenly(parallel):
         faults.append(UNEVEN)
     return faults
+
+
+def check_layers(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    hf_config: Mapping[str, Any] | None,
+    *,
+    device: str,
+    tokens: int,
+    longest: int,
+) -> list[str]:
+    """Whether the layers run on `device`, with `tokens` of which one sequence may have `longest`.
+
+    Transformer Engine has no attention for float32 but the one that keeps every score of each
+    pair of tokens: counted are those that a stage keeps for its backward pass.
+    """
+    from megasd.policy.backend import device_type, is_transformer_engine_installed
+
+    device = device_type(device)
+    if device == "cpu" and model.layers == "transformer_engine":
+        return ["model.layers: transformer_engine runs on GPUs only; set it to auto or local"]
+    takes_it = model.layers == "transformer_engine" or (
+        model.layers == "auto" and is_transformer_engine_installed()
+    )
+    if hf_config is None or device == "cpu" or model.dtype != "float32" or not takes_it:
+        return []
+    heads = hf_config["num_attention_heads"] // max(1, parallel.tensor)
+    layers = hf_config["num_hidden_layers"] // max(1, parallel.pipeline)
+    kept = 1 if model.recompute == "full" else layers
+    scores = 4 * heads * tokens * longest * kept / 2**30
+    if scores <= SCORES_GIB:
+        return []
+    return [
+        f"model.layers: Transformer Engine keeps {scores:.0f} GiB of attention scores in float32 "
+        f"(optimizer.max_tokens_per_microbatch = {tokens}, sequences of up to {longest}); set "
+        "model.dtype to bfloat16, or model.layers to local"
+    ]
 
 
 def check_experts(parallel: ParallelConfig, hf_config: Mapping[str, Any] | None) -> list[str]:

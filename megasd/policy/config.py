@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Layers = Literal["auto", "local", "transformer_engine"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -12,6 +14,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of compute; the optimizer keeps float32
     max_context_tokens: int | None = None  # prompt + response; null: max_position_embeddings
     recompute: Literal["none", "full"] = "none"  # full: keep one activation per layer
+    layers: Layers = "auto"  # transformer_engine: on GPUs; auto: that where it is installed
     head_chunk_tokens: int = 1024  # tokens whose logits exist at the same time
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megasd.metrics.records import METRICS_FILE, read_rows
+from tests.decoys import install_decoys
 from tests.end_to_end import workspace
 
 STEPS = 44
@@ -128,10 +129,18 @@ def test_twenty_disasters_at_random_moments_change_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_run_of_four_ranks_resumes_and_exports_what_transformers_loads(tmp_path: Path) -> None:
-    """TP2 x PP2 under torchrun: the metrics of a run cut in two are those of the whole one."""
+def test_a_run_of_four_ranks_resumes_and_exports_what_transformers_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TP2 x PP2 under torchrun: the metrics of a run cut in two are those of the whole one.
+
+    Transformer Engine and apex are installed, as in the containers of a GPU cluster: on a CPU
+    neither may be used.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    paths = [str(install_decoys(tmp_path / "installed")), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     folder = workspace.make(tmp_path)
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
     whole = workspace.config(folder, "whole", steps=4, every=2)

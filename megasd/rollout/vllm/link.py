@@ -36,6 +36,7 @@ LEAKING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK",
 LEAKING += ("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_")
 # ... or forbid its sleep mode, which does not go with expandable segments.
 LEAKING += ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+LEAKING += ("CUDA_DEVICE_MAX_CONNECTIONS",)  # one queue is for Megatron's tensor parallelism
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",

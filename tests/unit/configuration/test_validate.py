@@ -12,6 +12,11 @@ from megasd.configuration.validate import needs_rewards, needs_solutions, valida
 from megasd.testing.tiny import QUICKSTART_STRINGS, tiny_qwen3, tiny_tokenizer
 from tests.unit.workspace import QWEN3, edit_json, faults, make_model, make_workspace, write
 
+FLOAT32_ON_A_GPU = [
+    *("run.device=cuda", "model.dtype=float32"),
+    "optimizer.max_tokens_per_microbatch=10000000",
+]
+
 
 @pytest.fixture(autouse=True)
 def _inside_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +27,9 @@ def test_the_workspace_is_valid_on_several_layouts() -> None:
     assert faults() == []
     assert faults("parallel.tensor=2", "parallel.pipeline=2", world_size=8) == []
     assert faults("algorithm.name=sft", "rollout.group_size=1") == []
+    assert faults(*FLOAT32_ON_A_GPU, "model.layers=local") == []
+    short = "optimizer.max_tokens_per_microbatch=16384"
+    assert faults(*FLOAT32_ON_A_GPU, short, "model.layers=transformer_engine") == []
     assert (
         faults("evaluation.temperature=0", "rollout.top_p=0.9", "rollout.mismatch.level=off") == []
     )
@@ -91,6 +99,20 @@ def test_the_workspace_is_valid_on_several_layouts() -> None:
             ["algorithm.name=grpo", "optimizer.max_tokens_per_microbatch=199"],
             1,
             ["optimizer.max_tokens_per_microbatch: 199 is less than the 200 tokens"],
+        ),
+        (
+            ["run.device=cpu", "model.layers=transformer_engine"],
+            1,
+            ["model.layers: transformer_engine runs on GPUs only; set it to auto or local"],
+        ),
+        (
+            [*FLOAT32_ON_A_GPU, "model.layers=transformer_engine"],
+            1,
+            [
+                "model.layers: Transformer Engine keeps 236 GiB",
+                "model.dtype to bfloat16",
+                "to local",
+            ],
         ),
         (["optimizer.warmup_steps=11"], 1, ["optimizer.warmup_steps: 11", "10 optimizer steps"]),
         (

@@ -162,6 +162,8 @@ def test_bytes_follow_the_layout_the_teacher_and_the_recomputation() -> None:
     none = held("model.recompute=none")
     assert none["activations"] > 10 * base["activations"]
     assert none["working"] < base["working"]
+    local = held("model.layers=local", "model.recompute=none")
+    assert local["activations"] > 1.5 * none["activations"], "Megatron's own keep more"
     one = held("rollout.engine=hf")
     assert one["engine_asleep"] == 0
     wide = held("optimizer.max_tokens_per_microbatch=40960")["head"]

@@ -191,12 +191,14 @@ def test_an_engine_ends_with_its_trainer(make: Any) -> None:
 def test_nothing_that_names_a_trainer_rank_leaks_into_an_engine() -> None:
     base = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "n1", "LOCAL_RANK": "3", "PATH": "/bin"}
     base |= {"SLURM_PROCID": "3", "TORCHELASTIC_RUN_ID": "x", "HF_HOME": "/models"}
+    base |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # the trainer's tensor parallelism wants it
     environment = engine_environment(base, {"CUDA_VISIBLE_DEVICES": "4,5"})
     assert environment["PATH"] == "/bin"
     assert environment["HF_HOME"] == "/models"
     assert environment["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "SLURM_PROCID"} & {*environment}
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment
 
 
 def test_ranks_that_feed_an_engine_are_one_or_as_many_as_its_workers(tmp_path: Path) -> None:
