@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -131,7 +132,8 @@ def _start_cuda(device: str, layers: Layers, tensor: int, deterministic: bool) -
     if deterministic:
         # What has no such kernel warns and runs; new memory need not be filled for it.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        fills: Any = torch.utils.deterministic
+        fills.fill_uninitialized_memory = False
     return Backend(gpu, "nccl", _takes_transformer_engine(layers), deterministic)
 
 

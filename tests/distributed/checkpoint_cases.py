@@ -147,7 +147,7 @@ class AdamWithoutState(torch.optim.Optimizer):
         super().__init__(params, {"bias_correction": True, **defaults})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             (first, second), step = group["betas"], group["step"]
