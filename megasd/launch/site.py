@@ -127,7 +127,14 @@ def check_site(site: Site) -> list[str]:
     errors += [
         f"environment: {key!r} is not the name of a variable; use letters, digits and '_'"
         for key in site.environment
-        if not re.fullmatch(r"[A-Za-z_]\w*", key)
+        if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII)
+    ]
+    asked = {"partition": site.partition, "account": site.account, "mem": site.mem}
+    asked |= {f"directives.{key}": value for key, value in site.directives.items()}
+    errors += [
+        f"{key}: {value!r} has a line break, and #SBATCH takes one line; write it as one"
+        for key, value in asked.items()
+        if "\n" in key + (value or "")
     ]
     limit = seconds(site.time)
     lead = LEAD_SECONDS if site.signal_lead_seconds is None else site.signal_lead_seconds

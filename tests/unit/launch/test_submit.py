@@ -133,6 +133,20 @@ def test_every_fault_of_config_site_flags_and_paths_is_said_at_once(
     assert "is under none of the folders that all nodes see (/shared" in said
 
 
+def test_what_bash_or_sbatch_would_take_for_something_else_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    site = {"account": "a\nb", "directives": {"comment": "x\ny"}, "environment": {"Ä": "1"}}
+    write("site.yaml", to_text(site))
+    said = "\n".join(refusals(capsys, "--site=site.yaml"))
+    for sentence in (
+        "site.yaml: account: 'a\\nb' has a line break",
+        "site.yaml: directives.comment: 'x\\ny' has a line break",
+        "site.yaml: environment: 'Ä' is not the name of a variable",
+    ):
+        assert sentence in said
+
+
 def test_what_a_container_would_not_see_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     here = Path.cwd()
     said = refusals(capsys, "--image=i.sqsh", f"--mount={here}/model", f"--mount={here}:/work")
