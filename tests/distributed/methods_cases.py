@@ -170,7 +170,8 @@ def _train(policy: Any, algorithm: Any, context: PrefixContext) -> list[tuple[fl
                 algorithm,
                 minibatch=minibatch,
             )
-            seen.append((done.metrics["loss"], done.metrics["grad_norm"]))
+            # Neither is there where nothing had a weight: nothing was run.
+            seen.append(tuple(done.metrics.get(name, 0.0) for name in ("loss", "grad_norm")))
         policy.teacher.after_batch(step, updated=True)
     return seen
 
