@@ -1,13 +1,16 @@
 """The command line. Imports nothing heavy: what a command needs is imported when it runs.
 
 Exit codes: 0 done, 2 the user's input cannot be used (one sentence per fault on stderr). Start it
-again after 1, trouble that may pass, like a full disk; 85, a run saved and stopped before its end
-because it was sent SIGUSR1; 86, nothing happened any more and the watchdog ended the run.
+again after 1, trouble that may pass, like a full disk; 85, a run that was sent SIGUSR1, SIGTERM
+or SIGHUP and has saved what there was to save; 86, nothing happened any more and the watchdog ended
+the run. 130 is the same as 85, but by Ctrl-C: whoever pressed it decides. 130, 143 and 129 are of a
+run that was told twice, too, and ended at once.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_own(error)
         return 2
     except TryAgainError as error:
-        _print_own(error)
+        if _is_first_rank() or not error.on_every_rank:
+            _print_own(error)
         return 1
+    except KeyboardInterrupt:  # a run has its own way to stop
+        print("megasd: interrupted", file=sys.stderr)
+        return interrupt.INTERRUPTED
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -156,7 +163,7 @@ def _train(args: argparse.Namespace) -> int:
     from megasd.run import start_training
 
     is_done = start_training(loaded.config, resume=args.resume is not None)
-    return 0 if is_done else interrupt.EXIT_CODE
+    return 0 if is_done else interrupt.exit_code()
 
 
 def _submit(args: argparse.Namespace) -> None:
@@ -175,6 +182,8 @@ def _compare(args: argparse.Namespace) -> None:
     path, overrides = _config_and_overrides(args.items)
     if path is None:
         raise ConfigError([f"{COMMAND_LINE}: no config file; name one"])
+    # As Ctrl-C: the run that it waits for is asked to stop, and saves.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from megasd.compare.compare import compare
     from megasd.compare.runs import compose
 

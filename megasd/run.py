@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megasd.configuration.load import Config, to_container, to_yaml
+from megasd.configuration.load import Config, to_container, to_yaml, with_absolute_paths
 from megasd.configuration.validate import (
     context_length,
     longest_rollout,
@@ -29,7 +29,7 @@ from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
 from megasd.metrics.run_folder import create_run_folder
 from megasd.policy import backend
-from megasd.process import together
+from megasd.process import interrupt, together
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.build import build_engine
 from megasd.rollout.fleet import Fleet
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megasd.checkpoint.checkpoints import Checkpoints
+    from megasd.loop.ending import Left
     from megasd.loop.experience import Collector
     from megasd.loop.train import Job
     from megasd.policy.policy import Policy
@@ -54,10 +55,11 @@ PROBE_GAPS = {"float32": 0.001, "bfloat16": 0.05, "fp8": 0.2}
 
 
 def start_training(config: Config, *, resume: bool) -> bool:
-    """Run `config` to its last step on every rank that the launcher started.
+    """Run `config` to its end on every rank that the launcher started, and export the policy.
 
-    False: saved and stopped before it, because the cluster asked for it.
+    False: it was asked to stop, and has saved; something is still to be done.
     """
+    config = with_absolute_paths(config)
     rehearse(config.algorithm)
     started = backend.start(
         config.run.device,
@@ -66,31 +68,70 @@ def start_training(config: Config, *, resume: bool) -> bool:
         deterministic=config.run.deterministic,
     )
     # Megatron may be imported from here on.
-    from megasd.checkpoint.checkpoints import Checkpoints
-    from megasd.checkpoint.export import export_hf
-    from megasd.loop.train import train
+    from megasd.loop import ending
 
     data = _read_data(config)
     folder = run_folder(config)
-    with _process_group(config, started):
-        with contextlib.ExitStack() as stack:
-            phases = Phases()
-            stack.enter_context(Watchdog(config.watchdog, folder, phases))
-            policy = _build_policy(config, started)
-            if not resume and dist.get_rank() == 0:
-                create_run_folder(
-                    folder, config=to_yaml(config), seed=config.run.seed, command=sys.argv
-                )
-            together.meet()
-            checkpoints = Checkpoints(config.checkpoint, folder, policy, data.prompts)
-            stack.callback(checkpoints.close)
+    with _process_group(config, started), ending.owned(folder):
+
+        def begin() -> ending.Left:
             if resume:
-                checkpoints.restore()
-            is_done = train(_assemble(config, data, policy, checkpoints, folder, phases, stack))
-        together.meet()  # launchers end the ranks that are left some time after the first
-        if is_done and config.checkpoint.export_hf:
-            export_hf(policy, config.model.path, folder / "hf", replace=True)
-    return is_done
+                return ending.left_of(config, folder)
+            create_run_folder(
+                folder, config=to_yaml(config), seed=config.run.seed, command=sys.argv
+            )
+            return ending.everything(config)
+
+        left = ending.on_first_rank(begin, about=folder)
+        interrupt.after_this(f"go on with `megasd train --resume {folder}`")
+        if left.anything and not _train(config, data, started, folder, left, resume=resume):
+            return False
+        ending.say_done(config, folder, was_before=not left.anything)
+    return True
+
+
+def _train(
+    config: Config,
+    data: "_Data",
+    started: backend.Backend,
+    folder: Path,
+    left: "Left",
+    *,
+    resume: bool,
+) -> bool:
+    """All that is left; False: it was asked to stop."""
+    from megasd.checkpoint.checkpoints import Checkpoints
+    from megasd.checkpoint.export import export_hf
+    from megasd.loop import ending
+    from megasd.loop.train import train
+
+    with contextlib.ExitStack() as stack:
+        phases = Phases()
+        stack.enter_context(Watchdog(config.watchdog, folder, phases))
+        policy = _build_policy(config, started)
+        checkpoints = Checkpoints(config.checkpoint, folder, policy, data.prompts)
+        stack.callback(checkpoints.close)
+        if resume:
+            checkpoints.restore()
+        if checkpoints.next_step < config.run.steps:  # by a damaged one, perhaps
+            left = ending.everything(config)
+        if left.steps or left.evaluation:
+            job = _assemble(
+                *(config, data, policy, checkpoints, folder, phases, stack),
+                evaluates_at_end=left.evaluation,
+            )
+            is_done = train(job)
+        else:
+            is_done = True
+    if not is_done:
+        ending.say_stopped(config, folder, checkpoints.saved_step)
+        return False
+    ending.note_end(config, folder, exported=config.checkpoint.export_hf and not left.export)
+    together.meet()  # launchers end the ranks that are left some time after the first
+    if left.export:
+        export_hf(policy, config.model.path, folder / "hf", replace=True)
+        ending.note_end(config, folder, exported=True)
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +160,8 @@ def _assemble(
     folder: Path,
     phases: Phases,
     stack: contextlib.ExitStack,
+    *,
+    evaluates_at_end: bool,
 ) -> "Job":
     """What the loop runs on this rank; `stack` closes what must be closed."""
     from megasd.loop.diagnostics import Diagnostics
@@ -164,6 +207,7 @@ def _assemble(
         phases=phases,
         steps=config.run.steps,
         minibatches=config.optimizer.minibatches_per_step,
+        evaluates_at_end=evaluates_at_end,
     )
 
 
@@ -307,6 +351,7 @@ def _privileged(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Privile
 @contextlib.contextmanager
 def _process_group(config: Config, started: backend.Backend) -> Iterator[None]:
     backend.join_ranks(started, timeout_seconds=config.parallel.timeout_seconds)
+    interrupt.share(dist.distributed_c10d._get_default_store())
     try:
         yield
     finally:

@@ -11,6 +11,8 @@ import functools
 import re
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, config: CheckpointConfig, run_folder: Path, policy: Policy, prompts: Prompts
+        self,
+        config: CheckpointConfig,
+        run_folder: Path,
+        policy: Policy,
+        prompts: Prompts,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.folder = run_folder / "checkpoints"
@@ -67,7 +75,11 @@ class Checkpoints:
         self.prompts = prompts
         self.memory: dict[str, torch.Tensor] = {}  # the algorithm's, from step to step
         self.rows: list[str] = []  # of metrics.jsonl that could not be written yet, on rank 0
-        self.next_step = 0  # the first step that is still to be done
+        self.next_step = 0  # the first step that is still to be done, when the process started
+        self.saved_step = 0  # what a resumed run would go on from; at 0, from the start
+        self._last_step = (0, prompts.state_dict())  # done so far, and where the prompts were then
+        self._clock = clock
+        self._begun = clock()  # the last save
         # Of the threads that write: they talk whenever they are done, not in the order of a step.
         self._group = together.patient_group()
         self._writing: tuple[int, Writing] | None = None
@@ -156,7 +168,8 @@ class Checkpoints:
         device = self.policy.backend.device
         self.memory.update({k: v.to(device) for k, v in state["memory"].items()})
         self.rows[:] = state.get("rows", [])  # older checkpoints have none
-        self.next_step = state["next_step"]
+        self.next_step = self.saved_step = state["next_step"]
+        self._last_step = (self.next_step, state["prompts"])
         if not same_ranks:
             reseed(self.policy.seed, self.next_step, dist.get_rank())
             if dist.get_rank() == 0:
@@ -167,24 +180,43 @@ class Checkpoints:
                 )
 
     def save_if_due(self, step: int, *, last: bool) -> None:
-        """After step `step` (from 0): every k steps, beside the next ones; at the end, at once.
+        """After step `step` (from 0): when one is due, beside the next steps; at the end, at once.
 
         A save that failed is a warning, and tried again: raises SaveError, on every rank, where
         it failed MAX_FAILED_SAVES times in a row or was the last.
         """
         done = step + 1
+        self._last_step = (done, self.prompts.state_dict())
         if last:
             return self.save(done)
-        is_due = self.config.every and done % self.config.every == 0
-        self._tolerate(self._settle(wait=bool(is_due)))
-        if is_due or (self._failed_saves and self._writing is None):
+        is_due = bool(self.config.every) and done % self.config.every == 0
+        self._tolerate(self._settle(wait=is_due))
+        if is_due or (self._writing is None and (self._failed_saves or self._is_time())):
             self._tolerate(self._begin(done))
+
+    def _is_time(self) -> bool:
+        """Whether the last save is too long ago, by the first rank's clock."""
+        if self.config.minutes is None:
+            return False
+        return together.from_first_rank(self._clock() - self._begun >= 60 * self.config.minutes)
+
+    def save_last_step(self) -> None:
+        """Where the step after it is given up before it changed the policy; if it is not saved yet.
+
+        Raises SaveError.
+        """
+        done, prompts = self._last_step
+        if self._writing is not None and self._writing[0] == done:
+            self._settle(wait=True)  # if that failed, once more
+        if self.saved_step < done:
+            self.prompts.load_state_dict(prompts)
+            self.save(done)
 
     def save(self, next_step: int) -> None:
         """Write one and wait for it; raises SaveError, and older checkpoints stay good."""
         self._settle(wait=True)  # this one is newer, whatever became of that
         if failure := self._begin(next_step) or self._settle(wait=True):
-            raise SaveError(f"{failure}, then continue with --resume")
+            raise SaveError(f"{failure}, then continue with --resume", on_every_rank=True)
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written while the run ends with an error."""
@@ -193,6 +225,7 @@ class Checkpoints:
 
     def _begin(self, next_step: int) -> str | None:
         """Plan and copy, and leave the rest to the threads; returns why that cannot be."""
+        self._begun = self._clock()
         partial = _path(self.folder, _PARTIAL, next_step)
         failure = None
         if dist.get_rank() == 0:
@@ -230,7 +263,7 @@ class Checkpoints:
         self._writing = None
         if failure := next((failure for _, failure in said if failure is not None), None):
             return self._sentence(step, failure)
-        self._failed_saves = 0
+        self._failed_saves, self.saved_step = 0, step
         return None
 
     def _tolerate(self, failure: str | None) -> None:
@@ -238,7 +271,7 @@ class Checkpoints:
             return
         self._failed_saves += 1
         if self._failed_saves == MAX_FAILED_SAVES:
-            raise SaveError(f"{failure}, then continue with --resume")
+            raise SaveError(f"{failure}, then continue with --resume", on_every_rank=True)
         if dist.get_rank() == 0:
             _warn(f"{failure}; the run goes on, and tries again")
 

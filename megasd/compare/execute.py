@@ -1,7 +1,6 @@
 """Runs one `megasd train` after the other, each in a process of its own."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ from megasd.compare.runs import Comparison, Run
 from megasd.configuration.load import to_yaml
 from megasd.metrics.records import METRICS_FILE, read_rows
 from megasd.metrics.run_folder import CONFIG_FILE
+from megasd.process import lock
+from megasd.process.errors import TryAgainError
 
 POLL_SECONDS = 1.0
 
@@ -21,20 +22,21 @@ POLL_SECONDS = 1.0
 def execute(comparison: Comparison) -> dict[Path, str]:
     """Trains what is not complete yet; the folders that failed, with why. The others go on.
 
-    Raises ValueError when the warm start fails, and when another comparison works in the folder.
+    Raises ValueError when the warm start fails, TryAgainError when another comparison works in the
+    folder.
     """
     comparison.folder.mkdir(parents=True, exist_ok=True)
     failures: dict[Path, str] = {}
-    with _alone(comparison.folder) as lock:
+    with _alone(comparison.folder) as handle:
         if (warm := comparison.warm_start) is not None:
             log = comparison.folder / "warm_start.log"
-            if failure := _train(warm, comparison.launcher, log, "warm start", lock):
+            if failure := _train(warm, comparison.launcher, log, "warm start", handle):
                 path = comparison.config.compare.warm_start
                 raise ValueError(f"compare.warm_start: {path} failed: {failure}")
         for place, run in enumerate(comparison.runs, start=1):
             label = f"[{place}/{len(comparison.runs)}] {run.algorithm} seed {run.seed}"
             log = comparison.folder / f"{run.folder.name}.log"
-            if failure := _train(run, comparison.launcher, log, label, lock):
+            if failure := _train(run, comparison.launcher, log, label, handle):
                 failures[run.folder] = failure
     return failures
 
@@ -42,17 +44,17 @@ def execute(comparison: Comparison) -> dict[Path, str]:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[int]:
     """A lock that its runs hold too: one that outlives a killed comparison still writes there."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another comparison, or a run of one, works there; wait for its end"
-            ) from None
-        yield lock.fileno()
+    try:
+        held = lock.take(folder / ".lock")
+    except lock.HeldError as holder:
+        raise TryAgainError(
+            f"{folder}: the comparison of {holder}, or a run of it, works there; wait for its end"
+        ) from None
+    with held:
+        yield held.fileno()
 
 
-def _train(run: Run, launcher: tuple[str, ...], log: Path, label: str, lock: int) -> str | None:
+def _train(run: Run, launcher: tuple[str, ...], log: Path, label: str, handle: int) -> str | None:
     """Trains the run to its end; a sentence if it did not get there."""
     if run.is_complete:
         print(f"{label}: complete already in {run.folder}{_outcome(run)}", flush=True)
@@ -77,7 +79,7 @@ def _train(run: Run, launcher: tuple[str, ...], log: Path, label: str, lock: int
             stdout=output,
             stderr=subprocess.STDOUT,
             env=None if launcher else _environment(),
-            pass_fds=(lock,),
+            pass_fds=(handle,),
         ) as process,
     ):
         try:

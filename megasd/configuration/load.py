@@ -7,9 +7,10 @@ current working directory, `extends` to the file that says it. Every fault is re
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from megasd.data.config import ContextConfig, DataConfig
 from megasd.evaluation.config import EvaluationConfig
 from megasd.metrics.config import MetricsConfig
 from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
+from megasd.process.errors import TryAgainError, may_pass
 from megasd.rewards.config import RewardConfig
 from megasd.rollout.config import RolloutConfig
 
@@ -129,6 +131,20 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     )
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """What it names stays found from any working directory. Relative paths are of this one."""
+    there = os.path.abspath
+    teacher = config.teacher.path
+    return replace(
+        config,
+        run=replace(config.run, directory=there(config.run.directory)),
+        model=replace(config.model, path=there(config.model.path)),
+        data=replace(config.data, files=[*map(there, config.data.files)]),
+        teacher=replace(config.teacher, path=None if teacher is None else there(teacher)),
+        evaluation=replace(config.evaluation, files=[*map(there, config.evaluation.files)]),
+    )
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `load_config` reads back to an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.create(escaped(to_container(config))))
@@ -143,7 +159,8 @@ def to_container(config: Config) -> dict[str, Any]:
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """The dotted keys at which two configurations differ, sorted."""
-    left, right = (dict(_flatten(to_container(config))) for config in (one, other))
+    both = map(with_absolute_paths, (one, other))
+    left, right = (dict(_flatten(to_container(config))) for config in both)
     keys = sorted(left.keys() | right.keys())
     return [key for key in keys if key not in left or key not in right or left[key] != right[key]]
 
@@ -222,6 +239,8 @@ def _read_yaml(path: Path, said_by: str) -> dict[str, Any]:
         raise ConfigError([f"{path}: {_interpolation_fault(error)}"]) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         fault = f"{path}: cannot be read as a config file ({error}); give a YAML text file"
+        if isinstance(error, OSError) and may_pass(error):
+            raise TryAgainError(f"{path}: cannot be read now ({error}); try again") from error
         raise ConfigError([fault]) from error
     if isinstance(values, list):
         raise ConfigError([f"{path}: holds a list; a config file holds sections, like `run:`"])

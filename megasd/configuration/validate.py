@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megasd.configuration.load import Config, Loaded, is_within, keys_in
-from megasd.metrics.run_folder import CONFIG_FILE
+from megasd.metrics.run_folder import holds_a_run
 from megasd.policy.checks import (
     check_cut,
     check_experts,
@@ -75,6 +75,7 @@ ABOVE_0 = (
     "rollout.sync.probe_gap",
     "reward.timeout_seconds",
     "optimizer.eps",
+    "checkpoint.minutes",
     "watchdog.minimum_seconds",
     "watchdog.slow_seconds",
 )
@@ -163,7 +164,7 @@ def check_run(config: Config, *, new_run: bool) -> list[str]:
     folder = run_folder(config)
     if folder.exists() and not folder.is_dir():
         return [f"run.name: {folder} is not a folder; choose another name"]
-    if new_run and (folder / CONFIG_FILE).exists():
+    if new_run and holds_a_run(folder):
         return [
             f"run.name: {folder} holds a run already; choose another name, "
             f"or continue that run with --resume {folder}"

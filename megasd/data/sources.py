@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megasd.data.config import ReasoningGymConfig
+from megasd.process.errors import TryAgainError, may_pass
 
 FIELDS = ("prompt", "messages", "answer", "solution", "verifier", "metadata")
 
@@ -38,14 +39,15 @@ def check_files(files: Sequence[str], key: str = "data.files") -> list[str]:
 
 
 def file_rows(files: Sequence[str], key: str = "data.files") -> Iterator[Row]:
-    """Rows of the files in order. Raises a ValueError for a file that cannot be read."""
+    """Rows of the files in order. Raises ValueError, or TryAgainError, where one cannot be read."""
     if errors := check_files(files, key):
         raise ValueError("\n".join(errors))
     for name in files:
         try:
             yield from READERS[Path(name).suffix](name)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            raise ValueError(f"{key}: {name} cannot be read: {error}") from error
+            kind = TryAgainError if isinstance(error, OSError) and may_pass(error) else ValueError
+            raise kind(f"{key}: {name} cannot be read: {error}") from error
 
 
 def _jsonl_rows(name: str) -> Iterator[Row]:

@@ -106,13 +106,16 @@ def check_times(timing: Timing, config: Config, site: Site) -> tuple[list[str], 
             f"{shown(timing.save)}), {on}: what was not saved is lost; set it to {_lead(timing)}"
         )
     every = min(config.checkpoint.every or math.inf, config.run.steps)
-    between = every * timing.step
+    minutes = config.checkpoint.minutes
+    by_time = math.inf if minutes is None else 60 * minutes + timing.step
+    between = min(every * timing.step, by_time)
     if between > limit - lead:
         fitting = int((limit - lead) / 2 / timing.step)
         remedy = f"set checkpoint.every to {fitting} or less" if fitting else "raise --time"
         warnings.append(
-            f"checkpoint.every: {every:.0f} steps take about {shown(between)}, {on}, and a job has "
-            f"{shown(limit - lead)}: one that crashes loses all of it; {remedy}"
+            f"checkpoint.every: from one checkpoint to the next (also by checkpoint.minutes) takes "
+            f"{shown(between)}, {on}, and a job has {shown(limit - lead)}: one that crashes loses "
+            f"all of it; {remedy}"
         )
     return [], warnings
 

@@ -33,13 +33,25 @@ class Job:
     phases: Phases  # where the run is, also for the watchdog
     steps: int
     minibatches: int
+    evaluates_at_end: bool
 
 
 def train(job: Job) -> bool:
     """Train from the first step that is not in a checkpoint to the last, then evaluate.
 
-    False: the cluster wants its nodes back; all is saved, and some steps are still to be done.
+    False: it was asked to stop; all is saved, and something is still to be done.
     """
+    try:
+        with interrupt.heeded_by_the_loop():
+            _train(job)
+    except interrupt.StopError:
+        with job.phases("checkpoint"):
+            job.checkpoints.save_last_step()
+        return False
+    return True
+
+
+def _train(job: Job) -> None:
     algorithm, policy, phases = job.algorithm, job.policy, job.phases
     for step in range(job.checkpoints.next_step, job.steps):
         values: dict[str, float] = {}
@@ -53,10 +65,12 @@ def train(job: Job) -> bool:
 
         experience = job.collector.collect(step, phases)
         job.engines.sleep()
+        interrupt.raise_if_asked_anywhere()  # nothing that a checkpoint keeps has changed yet
 
         # Student and teacher read the same response tokens after different contexts.
         with phases("score"):
             batch, scored = job.reader.read(experience, step)
+            interrupt.raise_if_asked_anywhere()  # the last time that the step can be given up
             credit = algorithm.assign_credit(batch, step)
             scored |= job.reader.remember(credit)
 
@@ -74,17 +88,14 @@ def train(job: Job) -> bool:
         values |= phases.finish_step(experience.metrics["rollout/tokens"])
         job.metrics.log(step, values)
         job.diagnostics.stop_if_stuck(step, experience, batch, credit, updates)
-        is_last = step + 1 == job.steps
-        must_stop = not is_last and interrupt.is_asked_anywhere()
         with phases("checkpoint"):
-            job.checkpoints.save_if_due(step, last=is_last or must_stop)
-        if must_stop:
-            return False
+            job.checkpoints.save_if_due(step, last=step + 1 == job.steps)
+        interrupt.raise_if_asked_anywhere()
 
-    if job.evaluator.has_prompts:
+    if job.evaluates_at_end:
         with phases("sync"):
             job.engines.send(policy)
         with phases("evaluation"):
             values = job.evaluator.evaluate(job.steps)
         job.metrics.log(job.steps, values)
-    return True
+        interrupt.raise_if_asked_anywhere()

@@ -30,9 +30,9 @@ METRICS_FILE = "metrics.jsonl"
 class Metrics:
     """`log(step, values)` once per step, on every rank; rank 0 writes. A context manager.
 
-    Starting at `first_step` drops the rows from it on: a killed run may have logged steps that
-    its last checkpoint does not know. `unwritten` are the rows that are in no file yet; whoever
-    saves a checkpoint puts them in it.
+    The first row that is logged replaces those from `first_step` on: a killed run may have logged
+    steps that its last checkpoint does not know. `unwritten` are the rows that
+    are in no file yet; whoever saves a checkpoint puts them in it.
     """
 
     def __init__(
@@ -53,10 +53,13 @@ class Metrics:
         if not self._writes:
             return
         self._path = run_folder / METRICS_FILE
-        with _trouble_with(self._path):
-            drop_rows_from(self._path, first_step, unwritten=self._unwritten)
+        read_rows(self._path)  # a broken one is told before any time is spent
+        if self._unwritten:
+            with _trouble_with(self._path):
+                rewrite_rows(self._path, self._unwritten)
         self._unwritten.clear()
         self._is_behind = False
+        self._replaces_from: int | None = first_step
         self._guard("metrics.wandb", lambda: self._start_wandb(config, run_folder, run_config))
         if config.console:
             self._console = Console(run_folder.name, first_step=first_step, total_steps=total_steps)
@@ -111,7 +114,10 @@ class Metrics:
     def _write(self) -> None:
         """All rows that are in no file yet."""
         try:
-            append_durably(self._path, "".join(self._unwritten))
+            if self._replaces_from is None:
+                append_durably(self._path, "".join(self._unwritten))
+            else:
+                rewrite_rows(self._path, self._unwritten, before=self._replaces_from)
         except OSError as error:
             if not self._is_behind:
                 warnings.warn(
@@ -122,7 +128,7 @@ class Metrics:
             self._is_behind = True
             return
         self._unwritten.clear()
-        self._is_behind = False
+        self._is_behind, self._replaces_from = False, None
 
     def _guard(self, name: str, act: Callable[[], Any]) -> None:
         """What fails is not asked again."""
@@ -158,16 +164,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def drop_rows_from(path: Path, step: int, *, unwritten: Sequence[str] = ()) -> None:
-    """Rewrites metrics.jsonl without the rows of `step` and later; a kill leaves old or new.
+def rewrite_rows(path: Path, lines: Sequence[str], *, before: int | None = None) -> None:
+    """Adds them to metrics.jsonl, in order of steps; a kill leaves the old file or the new one.
 
-    Rows of earlier steps that it does not hold are taken from `unwritten`.
+    Of the rows in the file those from step `before` on are left out.
     """
-    if not path.exists() and not unwritten:
-        return
-    rows = {row["step"]: row for row in [*map(json.loads, unwritten), *read_rows(path)]}
-    kept = [json.dumps(rows[s], sort_keys=True) + "\n" for s in sorted(rows) if s < step]
-    write_durably(path, "".join(kept))
+    rows = {row["step"]: row for row in read_rows(path) if before is None or row["step"] < before}
+    rows |= {row["step"]: row for row in map(json.loads, lines)}
+    write_durably(path, "".join(json.dumps(rows[s], sort_keys=True) + "\n" for s in sorted(rows)))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import megasd
 from megasd.process.durable import write_durably
 
 CONFIG_FILE = "config.yaml"
+OWNER_FILE = "owner"  # locked by the process that runs it, which it names
+_FINISHED_FILE = "finished.json"
 PACKAGES = (
     "megasd",
     "torch",
@@ -32,7 +35,7 @@ def create_run_folder(folder: Path, *, config: str, seed: int, command: Sequence
 
     Raises ValueError if the folder holds a run already: its records would be mixed with new ones.
     """
-    if (folder / CONFIG_FILE).exists():
+    if holds_a_run(folder):
         raise ValueError(
             f"run.name: {folder} already holds a run; choose another run.name, remove the folder, "
             f"or continue that run with `megasd train --resume {folder}`"
@@ -44,6 +47,34 @@ def create_run_folder(folder: Path, *, config: str, seed: int, command: Sequence
     # Last and whole: its presence says that the folder is a run.
     write_durably(folder / CONFIG_FILE, config)
     return folder
+
+
+def holds_a_run(folder: Path) -> bool:
+    """A run that has done something; one that was stopped before its first step gives way."""
+    rows = folder / "metrics.jsonl"
+    has_rows = rows.exists() and rows.stat().st_size > 0
+    return (folder / CONFIG_FILE).exists() and (has_rows or any(folder.glob("checkpoints/*")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How far a run has come with what follows its last step: RUN/finished.json."""
+
+    steps: int  # that it has trained
+    evaluation: Any = None  # the config section that its last row was measured by; null: none was
+    exported: bool = False
+
+
+def note_finished(folder: Path, finished: Finished) -> None:
+    write_durably(folder / _FINISHED_FILE, json.dumps(asdict(finished), indent=2) + "\n")
+
+
+def read_finished(folder: Path) -> Finished:
+    """That of no steps where the run has not come to an end, or did so without this file."""
+    try:
+        return Finished(**json.loads((folder / _FINISHED_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return Finished(steps=0)
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:

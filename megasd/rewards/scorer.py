@@ -8,8 +8,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
+from megasd.process import interrupt
 from megasd.process.waiting import first_of, waiting_for
 from megasd.rewards import worker
 from megasd.rewards.config import RewardConfig
@@ -19,6 +20,8 @@ from megasd.types import Rollout, Verdict
 
 # Plain string functions: they cannot hang, so a worker would only cost time.
 INLINE = ("exact", "choice")
+# Workers have SIGTERM blocked, as their rank has (process/interrupt.py): SIGKILL at once.
+CONSTS.term_timeout = 0
 
 
 class Scorer:
@@ -95,6 +98,7 @@ class Scorer:
 
         with waiting_for(unjudged):
             while pending and self._pool is not None:
+                interrupt.raise_if_asked()
                 _, pending = wait(pending, timeout=1.0)
                 if not pool.active:  # tasks that it had not yet sent out would wait forever
                     self._stop()

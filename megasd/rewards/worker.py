@@ -27,7 +27,6 @@ def start(parent: int, names: Iterable[str]) -> None:
     Slow imports happen here, so that no rollout's time limit pays for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends at once, also inside C code
     # A parent that is killed cannot clean up, and a hung verifier never sees its pipe close.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

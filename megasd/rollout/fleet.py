@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megasd.process import together
+from megasd.process import interrupt, together
 from megasd.rollout.config import SyncConfig
 from megasd.rollout.engine import EngineLostError, Request, RolloutEngine
 from megasd.rollout.placement import Seat
@@ -150,8 +150,10 @@ class Fleet:
         assert self._weights is not None, "send comes before generate"
         for _ in range(ATTEMPTS):
             reasons = {} if everywhere else self._lost_engines()
-            if not everywhere and not reasons:
-                return
+            if not everywhere:
+                if not reasons:
+                    return
+                interrupt.raise_if_asked_anywhere()  # it may have ended them
             self._restarts += len(reasons)
             takes = self._seat is not None and (everywhere or self._seat.number in reasons)
             self._walk(takes, check)

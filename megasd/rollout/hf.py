@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
+from megasd.process import interrupt
 from megasd.process.waiting import first_of, waiting_for
 from megasd.rollout.engine import Request, response_text, stop_ids
 from megasd.types import Rollout
@@ -268,6 +269,7 @@ def _decode(
     stopped = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     lengths = torch.zeros_like(rows)
     for step in count():
+        interrupt.raise_if_asked()
         scores = logits_processor(input_ids, logits[:, -1].float())  # its warpers read no ids
         distribution = torch.log_softmax(scores, dim=-1)
         if uniforms is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megasd.process import together
+from megasd.process.interrupt import StopError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,7 +28,7 @@ class Spread:
         self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
     ) -> list[Result]:
         results: Sequence[Result] = []
-        failure = None
+        failure, is_stopped = None, False
         if self.worker is not None:
             start, end = (
                 len(items) * w // self.num_workers for w in (self.worker, self.worker + 1)
@@ -35,13 +36,17 @@ class Spread:
             try:
                 results = work(items[start:end])
                 assert len(results) == end - start, "one result per item"
+            except StopError:
+                is_stopped = True
             except Exception:
                 failure = traceback.format_exc()
-        everywhere = together.from_every_rank((self.worker, list(results), failure))
-        for rank, (_, _, one_failure) in enumerate(everywhere):
+        everywhere = together.from_every_rank((self.worker, list(results), failure, is_stopped))
+        for rank, (_, _, one_failure, _) in enumerate(everywhere):
             if one_failure is not None:
                 raise RuntimeError(f"rank {rank} failed:\n{one_failure}")
+        if any(one_stopped for _, _, _, one_stopped in everywhere):
+            raise StopError
         in_order = sorted(
-            ((w, part) for w, part, _ in everywhere if w is not None), key=lambda pair: pair[0]
+            ((w, part) for w, part, *_ in everywhere if w is not None), key=lambda pair: pair[0]
         )
         return list(itertools.chain.from_iterable(part for _, part in in_order))

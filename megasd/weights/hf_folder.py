@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megasd.process.errors import TryAgainError, may_pass
 from megasd.weights.hf_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -163,7 +164,8 @@ def write_hf_folder(
     `tensors`, which come in any order; each is written before the next is asked for. Names and
     shapes are checked against the table of the source's config.json before the target appears.
     Raises ValueError when the target exists and is not empty, when a tensor is missing, unknown
-    or of the wrong shape, or when the folder cannot be written; the target is then as it was.
+    or of the wrong shape, or when the folder cannot be written, TryAgainError when the disk is
+    full; the target is then as it was.
     """
     target, source = Path(target), HFFolder(source_folder)
     require_empty(target)
@@ -177,7 +179,8 @@ def write_hf_folder(
         copy_model_files(source.path, partial, dtype)
         partial.rename(target)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        kind = TryAgainError if isinstance(error, OSError) and may_pass(error) else ValueError
+        raise kind(
             f"{target} could not be written ({error}); free the disk or choose another folder"
         ) from error
     finally:

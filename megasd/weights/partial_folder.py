@@ -4,7 +4,6 @@
 every file that is complete and forced to disk; whatever else is there is written again.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megasd.process import lock
+from megasd.process.errors import TryAgainError, may_pass
 from megasd.weights.hf_folder import require_empty
 
 _JOURNAL, _LOCK = "journal.json", "lock"
@@ -26,8 +27,9 @@ class PartialFolder:
     """What becomes `target`. `purpose` says what is made of what: JSON values only.
 
     A context: one that ends by an error of the disk, or a killed process, keeps what is complete;
-    any other error leaves nothing. Raises ValueError when `target` is not empty, another process
-    writes it, what lies there already was begun for another purpose, or the disk is full.
+    any other error leaves nothing. Raises ValueError when `target` is not empty or what lies there
+    already was begun for another purpose, TryAgainError when another process writes it or the disk
+    is full.
     """
 
     def __init__(
@@ -41,13 +43,11 @@ class PartialFolder:
     def __enter__(self) -> "PartialFolder":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / _LOCK).open("w")
+            self._lock = lock.take(self.path / _LOCK)
         except OSError as error:
             raise self._failed(error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{self.path} is being written by another process") from error
+        except lock.HeldError as holder:
+            raise TryAgainError(f"{self.path} is being written by {holder}") from None
         self._take_up()
         return self
 
@@ -121,11 +121,11 @@ class PartialFolder:
         new.write_text(json.dumps({"purpose": self.purpose, "files": self.complete}, indent=1))
         new.rename(self.path / _JOURNAL)
 
-    def _failed(self, error: OSError) -> ValueError:
+    def _failed(self, error: OSError) -> ValueError | TryAgainError:
         reason = error.strerror or str(error)
         kept = f"; {len(self.complete)} complete files are kept in {self.path}, "
         kept += "run the same command again to go on, or remove that folder"
-        return ValueError(
+        return (TryAgainError if may_pass(error) else ValueError)(
             f"{self.target} could not be written ({reason}): make room or choose another place"
             + (kept if self.complete else "")
         )

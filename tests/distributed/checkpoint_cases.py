@@ -17,7 +17,9 @@ from megasd.types import Prompt
 from tests.distributed import policy_cases as cases
 
 
-def _a_run(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+def _a_run(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any], **options: Any
+) -> tuple[Any, Any, Any]:
     policy = cases.make_policy(folder, settings)
     from megasd.checkpoint.checkpoints import Checkpoints
     from megasd.checkpoint.config import CheckpointConfig
@@ -27,7 +29,7 @@ def _a_run(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> tuple
         [Prompt(index=i, messages=(), token_ids=np.array([i])) for i in range(7)], seed=0
     )
     config = CheckpointConfig(every=3, keep=2)
-    return policy, prompts, Checkpoints(config, run_folder, policy, prompts)
+    return policy, prompts, Checkpoints(config, run_folder, policy, prompts, **options)
 
 
 def _learn(policy: Any, prompts: Any, steps: range) -> list[Any]:
@@ -80,6 +82,44 @@ def save_in_the_middle(folder: Path, run_folder: Path, settings: Mapping[str, An
         assert not list(checkpoints.folder.glob("step_*"))
     checkpoints.close()
     return everything
+
+
+def save_by_time(folder: Path, run_folder: Path) -> list[int]:
+    """The steps that are saved, of steps that end at these seconds on the first rank's clock."""
+    import torch.distributed as dist
+
+    clock = [0.0]
+    _, _, checkpoints = _a_run(
+        folder, run_folder, {}, clock=lambda: clock[0] * 10 ** dist.get_rank()
+    )
+    checkpoints.config = dataclasses.replace(checkpoints.config, every=0, minutes=1.0, keep=9)
+    for step, now in enumerate((59.0, 61.0, 90.0, 120.0, 122.0)):
+        clock[0] = now
+        checkpoints.save_if_due(step, last=False)
+        if checkpoints._writing is not None:  # it would wait for a step after it
+            checkpoints._settle(wait=True)
+    from megasd.checkpoint.checkpoints import saved_steps
+
+    return saved_steps(checkpoints.folder)
+
+
+def give_a_step_up(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Asked to stop when prompts were drawn for the step after the third."""
+    policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
+    checkpoints.save_last_step()
+    assert not checkpoints.folder.exists(), "nothing was done"
+    _learn(policy, prompts, range(3))
+    checkpoints.memory["seen"] = torch.arange(3.0)
+    checkpoints.config = dataclasses.replace(checkpoints.config, every=0)
+    checkpoints.save_if_due(2, last=False)
+    position = prompts.position
+    prompts.next(5)
+    checkpoints.save_last_step()
+    written = (checkpoints.folder / "step_000003").stat().st_mtime_ns
+    checkpoints.save_last_step()
+    assert (checkpoints.folder / "step_000003").stat().st_mtime_ns == written, "it is saved already"
+    assert prompts.position == position
+    return _everything(policy, _learn(policy, prompts, range(3, 6)))
 
 
 def resume(

@@ -83,6 +83,21 @@ def test_a_run_whose_first_step_was_skipped_is_saved_and_resumes_with_an_adam_wi
     assert whole[0]["version"] == 2
 
 
+def test_a_step_that_is_given_up_leaves_the_one_before_it_to_go_on_from(
+    folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    settings = LAYOUTS["DP2"][1] | {"teacher": TEACHERS["ema"]}
+    whole = ranks.run(cases.give_a_step_up, folder, tmp_path, settings, world_size=2)
+    resumed = ranks.run(cases.resume, folder, tmp_path, settings, world_size=2)
+    np.testing.assert_equal([one for one, _ in resumed], whole)
+
+
+def test_a_checkpoint_is_due_by_the_first_ranks_clock(
+    folder: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    assert ranks.run(cases.save_by_time, folder, tmp_path, world_size=2) == [[2, 5]] * 2
+
+
 @pytest.mark.parametrize(
     ("model", "saved", "resumed"),
     [

@@ -1,6 +1,8 @@
 """The command line: what it prints, what it hands on, and how it exits."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import types
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 
 import megasd.data.sources
+from megasd import cli
 from megasd.algorithms import ALGORITHMS
 from megasd.cli import main
-from megasd.configuration.load import load_config, to_yaml
+from megasd.configuration.load import load_config, to_yaml, with_absolute_paths
 from megasd.process import interrupt
 from megasd.weights import conversion
 from tests.unit.workspace import make_workspace, write
@@ -21,6 +24,7 @@ from tests.unit.workspace import make_workspace, write
 @pytest.fixture(autouse=True)
 def _inside_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make_workspace(tmp_path))
+    monkeypatch.setattr(interrupt, "listen", lambda: None)  # it would outlive the test
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -29,7 +33,6 @@ def _inside_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the command line hands to the run, instead of running it."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(interrupt, "listen", lambda: None)  # it would outlive the test
     run: Any = types.ModuleType("megasd.run")
     run.start_training = lambda config, *, resume: calls.append((config, resume)) or True
     monkeypatch.setitem(sys.modules, "megasd.run", run)
@@ -43,6 +46,7 @@ def run_folder() -> Path:
     folder = Path("runs/tried")
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(load_config("config.yaml")))
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
     return folder
 
 
@@ -202,6 +206,50 @@ def test_a_run_is_not_resumed_with_another_config(
     assert error.startswith(f"{source}: optimizer.lr: ")
     assert "start a new run" in error
     assert started == []
+
+
+def test_what_a_run_names_stays_its_own_from_another_working_directory(
+    started: list, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, config = Path.cwd(), with_absolute_paths(load_config("config.yaml"))
+    (run_folder / "config.yaml").write_text(to_yaml(config))
+    assert main(["train", "config.yaml", "--resume", "runs/tried"]) == 0, "the same, relative"
+    monkeypatch.chdir("/")
+    assert main(["train", "--resume", str(here / run_folder)]) == 0
+    paths = started[1][0]
+    assert paths.model.path == str(here / "model")
+    assert paths.data.files == [str(here / "train.jsonl")]
+    assert paths.evaluation.files == [str(here / "held_out.jsonl")]
+
+
+@pytest.mark.parametrize(("code", "number"), [(1, errno.ESTALE), (1, errno.EIO), (2, errno.EACCES)])
+def test_a_file_server_that_is_away_is_trouble_that_may_pass(
+    code: int,
+    number: int,
+    started: list,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert main(["train", "config.yaml"]) == code
+    (error,) = error_lines(capsys)
+    assert error.startswith("config.yaml: cannot be read")
+    assert started == []
+
+
+def test_ctrl_c_ends_every_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "megatron_to_hf", press)
+    monkeypatch.setattr(cli, "existing_run", Path)
+    assert main(["export", "run", "--to", "there"]) == 130
+    assert capsys.readouterr().err == "megasd: interrupted\n"
 
 
 def test_a_fault_found_while_running_is_a_sentence_but_a_bug_keeps_its_traceback(

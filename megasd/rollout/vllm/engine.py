@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megasd.process import together
+from megasd.process import interrupt, together
 from megasd.process.memory import give_back_cached_memory
 from megasd.process.waiting import first_of, waiting_for
 from megasd.rollout.config import VLLMConfig
@@ -231,9 +231,8 @@ class VLLMEngine:
         finished: list[float] = []
         try:
             with waiting_for(lambda: f"{self._name}: {_missing(requests, rollouts)}"):
-                for i, response in self._ask(
-                    [asked(request, self._stop_ids) for request in requests]
-                ):
+                prompts = [asked(request, self._stop_ids) for request in requests]
+                for i, response in self._ask(prompts, may_stop=True):
                     if response["finish_reason"] not in ("stop", "length"):  # "abort", "error"
                         raise _LostError(
                             f"it ended {requests[i].name} with {response['finish_reason']!r}"
@@ -271,7 +270,7 @@ class VLLMEngine:
         return [scores[i] for i in range(len(sequences))]
 
     def _ask(
-        self, prompts: Sequence[tuple[list[int], dict[str, Any]]]
+        self, prompts: Sequence[tuple[list[int], dict[str, Any]]], *, may_stop: bool = False
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """(index, response) as they finish. `prompts`: token ids and how to go on."""
         link = self._link
@@ -288,7 +287,7 @@ class VLLMEngine:
         start = time.monotonic()
         try:
             while ids:
-                kind, content = self._next(lambda: max(start, link.last_step))
+                kind, content = self._next(lambda: max(start, link.last_step), may_stop=may_stop)
                 if kind not in ("response", "refused"):
                     continue
                 now = (link.incarnation, self._version)
@@ -405,12 +404,14 @@ class VLLMEngine:
             self._stale += kind == "response"
 
     def _next(
-        self, last_sign: Callable[[], float], patience: float | None = None
+        self, last_sign: Callable[[], float], patience: float | None = None, may_stop: bool = False
     ) -> tuple[str, Any]:
         """The next message; raises _LostError when there will be none."""
         link, patience = self._link, self._patience if patience is None else patience
         assert link is not None
         while True:
+            if may_stop:
+                interrupt.raise_if_asked()
             try:
                 return link.inbox.get(timeout=0.5)
             except queue.Empty:

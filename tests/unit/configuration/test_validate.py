@@ -231,6 +231,8 @@ def test_a_run_that_exists_is_not_overwritten_but_may_be_resumed() -> None:
     Path("runs/tried").mkdir(parents=True)
     assert faults() == []
     write("runs/tried/config.yaml", "")
+    assert faults() == [], "it was stopped before it had done anything"
+    write("runs/tried/metrics.jsonl", '{"step": 0}\n')
     (fault,) = faults()
     assert fault.startswith("config.yaml: run.name: runs/tried holds a run already; choose another")
     assert "--resume runs/tried" in fault

@@ -15,9 +15,9 @@ NODES = Nodes(train=1, gpus_per_node=8)
 TIMING = Timing(gpu="H200", step=600, shortest_step=90, longest_work=500, save=100)
 
 
-def with_every(every: int, steps: int = 100) -> Config:
+def with_every(every: int, steps: int = 100, minutes: float | None = None) -> Config:
     config = Config()
-    checkpoint = dataclasses.replace(config.checkpoint, every=every)
+    checkpoint = dataclasses.replace(config.checkpoint, every=every, minutes=minutes)
     return dataclasses.replace(
         config, checkpoint=checkpoint, run=dataclasses.replace(config.run, steps=steps)
     )
@@ -49,6 +49,7 @@ def test_what_may_not_be_done_in_time_is_said_with_what_to_set() -> None:
         (said,) = warnings(enough, with_every(every))
         assert said.startswith("checkpoint.every: ")
         assert said.endswith("set checkpoint.every to 11 or less")
+        assert warnings(enough, with_every(every, minutes=30)) == []
     said = warnings(dataclasses.replace(enough, time="20"), with_every(1))[0]
     assert said.startswith("time: one step takes about 600 s, by the planner's estimate for H200")
 

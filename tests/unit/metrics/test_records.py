@@ -18,7 +18,7 @@ from megasd.metrics import wandb as wandb_record
 from megasd.metrics.config import MetricsConfig
 from megasd.metrics.phases import Phases
 from megasd.metrics.plot import plot_run
-from megasd.metrics.records import Metrics, drop_rows_from, read_rows
+from megasd.metrics.records import Metrics, read_rows
 from megasd.metrics.run_folder import create_run_folder, git_state, versions
 
 QUIET = MetricsConfig(console=False, wandb="off")
@@ -150,8 +150,18 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_rewritten(tmp_path:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON row"):
-        drop_rows_from(path, 1)
+        metrics(tmp_path, first_step=1)
     assert path.read_text().count("\n") == 3
+
+
+def test_rows_of_steps_that_no_checkpoint_knows_stay_until_there_is_another(tmp_path: Path) -> None:
+    """A run that is killed before it has any does not lose its last evaluation."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"evaluation/accuracy": 0.5, "step": 2}\n')
+    with metrics(tmp_path, first_step=1) as records:
+        assert [row["step"] for row in read_rows(path)] == [0, 1, 2]
+        records.log(1, {"update/loss": 1.0})
+        assert read_rows(path) == [{"step": 0}, {"step": 1, "update/loss": 1.0}]
 
 
 def test_rows_that_the_disk_has_no_room_for_are_kept_and_written_when_there_is_some(
@@ -304,8 +314,13 @@ def test_a_run_folder_says_what_was_run_and_is_never_written_over(tmp_path: Path
     assert recorded == versions()
     assert recorded["python"] == sys.version.split()[0]
     assert (folder / "git.json").exists()
+    create_run_folder(
+        folder, config="run: {again: 1}\n", seed=7, command=[]
+    )  # nothing was done yet
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(ValueError, match=r"run\.name: .*run already holds a run.*--resume"):
         create_run_folder(folder, config="", seed=0, command=[])
+    assert (folder / "config.yaml").read_text() == "run: {again: 1}\n"
 
 
 def test_a_config_that_cannot_be_written_whole_makes_no_run(tmp_path: Path) -> None:

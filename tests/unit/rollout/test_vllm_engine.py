@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from megasd.process import interrupt
 from megasd.rollout.config import VLLMConfig
 from megasd.rollout.engine import EngineLostError, Request
 from megasd.rollout.vllm import link
@@ -111,6 +113,18 @@ def test_a_process_without_a_sign_of_life_is_replaced_and_its_debts_are_named(
     (rollout,) = engine.generate(requests()[2:])
     assert rollout.policy_version == 6
     assert engine.metrics()["engine/restarts"] == 1
+
+
+def test_who_is_asked_to_stop_does_not_wait_for_an_engine_that_samples(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make("works for ever")
+    engine.load_weights(buckets(), 5)
+    monkeypatch.setattr(interrupt, "_state", interrupt._State())
+    threading.Timer(0.1, setattr, (interrupt._state, "asked", signal.SIGTERM)).start()
+    with pytest.raises(interrupt.StopError):
+        engine.generate(requests())
+    assert link._alive(engine.pid), "it is no failure of the engine's"
 
 
 def test_a_process_that_does_not_start_is_an_error_with_the_end_of_its_log(make: Any) -> None:

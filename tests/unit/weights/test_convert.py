@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megasd.process.errors import TryAgainError
 from megasd.testing.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 from megasd.weights.conversion import anonymous_memory, hf_to_megatron, megatron_to_hf
 from megasd.weights.dist_checkpoint import DistCheckpoint
@@ -408,7 +409,7 @@ def test_two_conversions_cannot_write_the_same_target(
     source, target = models["llama"], tmp_path / "target"
 
     def another(folder: Path) -> None:
-        with pytest.raises(ValueError, match="is being written by another process"):
+        with pytest.raises(TryAgainError, match=r"is being written by process \d+ on "):
             hf_to_megatron(source, target, Sizes())
 
     hf_to_megatron(source, target, Sizes(), check=another)
