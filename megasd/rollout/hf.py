@@ -266,8 +266,7 @@ def _decode(
     rows = torch.arange(len(limits), device=limits.device)  # those not finished yet
     token_ids = torch.empty((len(rows), int(limits.max())), dtype=torch.int64, device=rows.device)
     logprobs = torch.empty(token_ids.shape, dtype=torch.float32, device=rows.device)
-    stopped = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    lengths = torch.zeros_like(rows)
+    stopped, lengths = torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows)
     for step in count():
         interrupt.raise_if_asked()
         scores = logits_processor(input_ids, logits[:, -1].float())  # its warpers read no ids
