@@ -181,7 +181,7 @@ def read_model(path: str) -> tuple[Mapping[str, Any] | None, list[str]]:
     from megasd.data.tokenizer import check_tokenizer_files
     from megasd.policy.megatron.rope import rope_arguments
     from megasd.weights.hf_folder import HFFolder, read_hf_config
-    from megasd.weights.tables import table_for
+    from megasd.weights.tables import config_faults, table_for
 
     if not Path(path).is_dir():
         return None, [
@@ -191,6 +191,8 @@ def read_model(path: str) -> tuple[Mapping[str, Any] | None, list[str]]:
     hf_config = None
     try:
         hf_config = read_hf_config(path)
+        if asked := config_faults(hf_config, f"{path}/config.json"):
+            return None, [*faults, *asked]
         table = table_for(hf_config)
         rope_arguments(hf_config)
     except ValueError as error:

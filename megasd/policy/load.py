@@ -11,7 +11,7 @@ from megasd.policy.config import ModelConfig
 from megasd.policy.megatron.build import DTYPES, HeadlessGPT, Layout, build_model
 from megasd.weights.hf_folder import HFFolder, load_parameter, read_hf_config
 from megasd.weights.layout import rank_experts, stage_layers
-from megasd.weights.tables import table_for
+from megasd.weights.tables import config_faults, table_for
 from megasd.weights.tables.table import Row, Table
 
 
@@ -25,8 +25,10 @@ class LoadedModel(NamedTuple):
 
 @torch.no_grad()
 def load_model(path: Path, model: ModelConfig, layout: Layout, backend: Backend) -> LoadedModel:
-    """Each rank reads only its slices; names and shapes are checked against the table first."""
+    """Each rank reads only its slices; config, names and shapes are checked first."""
     hf_config = read_hf_config(path)
+    if asked := config_faults(hf_config, f"{path}/config.json"):
+        raise ValueError("; ".join(asked))
     table = table_for(hf_config)
     gpt = build_model(hf_config, model, layout, backend)
     folder, dtype = HFFolder(path), DTYPES[model.dtype]

@@ -48,9 +48,12 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file} does not exist; a Hugging Face model folder holds one")
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        hf_config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); write it anew") from error
+    if not isinstance(hf_config, dict):
+        raise ValueError(f"{file} is not a JSON object; write it anew")
+    return hf_config
 
 
 class HFFolder:

@@ -3,14 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megasd.weights.tables.keys import DECODER, IGNORED, PLAIN, SIZE, Keys
 from megasd.weights.tables.parts import attention, decoder, gated_mlp
-from megasd.weights.tables.table import Table, refuse, required
+from megasd.weights.tables.table import Table
+
+KEYS = Keys(
+    required=DECODER,
+    optional={"head_dim": SIZE},
+    structure={"attention_bias": (False,), "mlp_bias": (False,)},
+    neutral=PLAIN,
+    ignored=IGNORED | {"is_llama_config"},
+)
 
 
 def table(hf_config: Mapping[str, Any]) -> Table:
-    refuse(hf_config, attention_bias=False, mlp_bias=False)
-    heads = required(hf_config, "num_attention_heads")
-    head_dim = hf_config.get("head_dim") or required(hf_config, "hidden_size") // heads
-    return decoder(
-        hf_config, (*attention(hf_config, head_dim, qk_norm=False), *gated_mlp(hf_config))
-    )
+    return decoder(hf_config, (*attention(hf_config, qk_norm=False), *gated_mlp(hf_config)))

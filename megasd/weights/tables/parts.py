@@ -32,10 +32,11 @@ def decoder(hf_config: Mapping[str, Any], layers: tuple[Row, ...]) -> Table:
     )
 
 
-def attention(hf_config: Mapping[str, Any], head_dim: int, *, qk_norm: bool) -> tuple[Row, ...]:
+def attention(hf_config: Mapping[str, Any], *, qk_norm: bool) -> tuple[Row, ...]:
     """Grouped-query attention without biases, after its norm."""
-    hidden = required(hf_config, "hidden_size")
-    queries = required(hf_config, "num_attention_heads") * head_dim
+    hidden, heads = required(hf_config, "hidden_size"), required(hf_config, "num_attention_heads")
+    head_dim = hf_config.get("head_dim") or hidden // heads
+    queries = heads * head_dim
     groups = required(hf_config, "num_key_value_heads")
     qkv = (
         HFTensor(HF_ATTENTION + "q_proj.weight", (queries, hidden)),

@@ -126,11 +126,3 @@ def required(hf_config: Mapping[str, Any], key: str) -> Any:
     if hf_config.get(key) is None:
         raise ValueError(f"model.path: config.json lacks `{key}`; add it")
     return hf_config[key]
-
-
-def refuse(hf_config: Mapping[str, Any], **supported: Any) -> None:
-    """Raises ValueError for a key of config.json that is set to something else."""
-    for key, value in supported.items():
-        if hf_config.get(key, value) not in (value, None):
-            said = str(hf_config[key]).lower() if hf_config[key] is True else hf_config[key]
-            raise ValueError(f"model.path: {key}: {said} of config.json is not supported")
