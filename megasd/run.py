@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,10 +145,11 @@ class _Data:
 def _read_data(config: Config) -> _Data:
     """Every row is read and checked before the model is."""
     tokenizer = load_tokenizer(config.model.path)
-    loaded = load_prompts(config.data, tokenizer, require_solution=needs_solutions(config))
+    read = partial(load_prompts, config.data, tokenizer, vocab_size=_vocab_size(config))
+    loaded = read(require_solution=needs_solutions(config))
     held_out: Sequence[Prompt] = ()
     if files := config.evaluation.files:
-        held_out = load_prompts(config.data, tokenizer, files=files, key="evaluation.files").prompts
+        held_out = read(files=files, key="evaluation.files").prompts
     prompts = Prompts(loaded.prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     return _Data(tokenizer=tokenizer, prompts=prompts, held_out=held_out)
 
@@ -263,7 +265,7 @@ def _evaluator(
         scorer=scorer,
         spread=spread,
         seed=config.run.seed,
-        max_response_tokens=config.rollout.max_response_tokens,
+        rollout=config.rollout,
         success_threshold=config.reward.success_threshold,
         run_folder=folder if dist.get_rank() == 0 else None,
     )
@@ -345,7 +347,12 @@ def _privileged(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Privile
         success_threshold=config.reward.success_threshold,
         answer_pattern=config.data.answer_pattern,
         seed=config.run.seed,
+        vocab_size=_vocab_size(config),
     )
+
+
+def _vocab_size(config: Config) -> int:
+    return read_hf_config(config.model.path)["vocab_size"]
 
 
 @contextlib.contextmanager

@@ -237,7 +237,7 @@ def _read_yaml(path: Path, said_by: str) -> dict[str, Any]:
         raise ConfigError([fault]) from error
     except OmegaConfBaseException as error:
         raise ConfigError([f"{path}: {_interpolation_fault(error)}"]) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         fault = f"{path}: cannot be read as a config file ({error}); give a YAML text file"
         if isinstance(error, OSError) and may_pass(error):
             raise TryAgainError(f"{path}: cannot be read now ({error}); try again") from error
@@ -265,7 +265,10 @@ def _read_overrides(overrides: Sequence[str], errors: list[str]) -> list[_Layer]
             value = read_yaml(written)
             OmegaConf.create([plain(value)])
             values = _at(OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=0"])), value)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except (
+            *(yaml.YAMLError, OmegaConfBaseException),
+            *(UnicodeEncodeError, RecursionError),  # half of a character; brackets without end
+        ) as error:
             problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
             fault = problem or str(error).splitlines()[0]
             errors.append(f"{COMMAND_LINE}: {key}: not valid YAML ({fault}); quote the value")

@@ -79,6 +79,12 @@ ABOVE_0 = (
     "watchdog.minimum_seconds",
     "watchdog.slow_seconds",
 )
+# What apply_chat_template is called with, or what would change more than the prompt's text.
+NOT_TEMPLATE_OPTIONS = {
+    *("add_generation_prompt", "continue_final_message", "conversation", "tokenize"),
+    *("max_length", "padding", "truncation", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "return_dict", "return_tensors"),
+}
 
 
 def validate(
@@ -232,6 +238,10 @@ def check_data(config: Config) -> list[str]:
             for name in files
             if Path(name).is_file() and os.path.getsize(name) == 0
         ]
+    faults += [
+        f"data.chat_template_options: `{name}` is not an option of a template; take it out"
+        for name in sorted(NOT_TEMPLATE_OPTIONS & set(data.chat_template_options))
+    ]
     faults += check_answer_pattern(data.answer_pattern)
     return faults + [f"data.verifier: {fault}" for fault in check_verifiers([data.verifier])]
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from megasd.data.config import ContextConfig
 from megasd.data.context_sources import ContextSources
-from megasd.data.tokenizer import encode_chat
+from megasd.data.sources import encodable
+from megasd.data.tokenizer import encode_chat, encode_text, outside_vocabulary
 from megasd.types import Rollout, Verdict, View
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class PrivilegedContext:
         success_threshold: float,
         answer_pattern: str | None,
         seed: int,
+        vocab_size: int,
     ) -> None:
         if "{context}" not in config.template:
             raise ValueError("context.template must hold {context}, where the privileged text goes")
@@ -52,12 +54,16 @@ class PrivilegedContext:
                 "model.path: the tokenizer has no fast form, which cutting a privileged context "
                 "needs; convert it to a tokenizer.json."
             )
+        said = encode_text(tokenizer, config.template)
+        if problem := outside_vocabulary(tokenizer, said, vocab_size):
+            raise ValueError(f"context.template: {problem}; take it out")
         self.num_cut = 0
         self.num_without_room = 0
         self._config = config
         self._tokenizer = tokenizer
         self._options = chat_template_options
         self._max_context_tokens = max_context_tokens
+        self._vocab_size = vocab_size
         self._sources = ContextSources(
             config,
             tokenizer,
@@ -75,7 +81,12 @@ class PrivilegedContext:
         return self._sources.texts(role, rollouts, verdicts, step)
 
     def view(self, rollout: Rollout, text: str) -> View | None:
-        """The teacher's view of `rollout` with `text`; None where not one token of it fits."""
+        """The teacher's view of `rollout` with `text`; None where not one token of it fits.
+
+        Nor is there one where the text, a sibling's or a verifier's, has a token that the model
+        has no row for: those of the data have been refused.
+        """
+        text = encodable(text)
         messages = tuple((m["role"], m["content"]) for m in rollout.prompt.messages)
         room = self._max_context_tokens - len(rollout.token_ids)
         keep = self._config.max_tokens
@@ -89,6 +100,9 @@ class PrivilegedContext:
             if keep <= 0:
                 self.num_without_room += 1
                 return None
+        if outside_vocabulary(self._tokenizer, prompt_ids, self._vocab_size):
+            self.num_without_room += 1
+            return None
         self.num_cut += is_cut
         return View(prompt_ids=prompt_ids, response_ids=rollout.token_ids)
 

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from megasd.data.config import DataConfig
-from megasd.data.sources import BadRowError, Row, file_rows, reasoning_gym_rows
-from megasd.data.tokenizer import encode_chat
+from megasd.data.sources import BadRowError, Row, file_rows, reasoning_gym_rows, text_problem
+from megasd.data.tokenizer import (
+    UnusableTextError,
+    check_chats,
+    encode_chat,
+    encode_text,
+    outside_vocabulary,
+)
 from megasd.rewards.verifiers import check_row, check_verifiers
 from megasd.types import Messages, Prompt
 
@@ -35,16 +39,22 @@ def load_prompts(
     files: Sequence[str] | None = None,
     key: str = "data.files",
     require_solution: bool = False,
+    vocab_size: int | None = None,
 ) -> LoadedPrompts:
     """Reads `data.files` or `data.reasoning_gym`; with `files`, those instead.
 
     key: how errors name the files, for callers that pass their own.
     require_solution: a row without `solution` is a bad row.
+    vocab_size: rows of the model's embedding; a text with a token beyond them is a bad row.
 
     Raises a ValueError that lists the bad rows (the first 20, and how many there are) unless
     `data.on_bad_row` is skip; and one where no row is left.
     """
     source, rows = _rows(data, files, key)
+    if vocab_size is not None:
+        check_chats(tokenizer, data.chat_template_options, vocab_size)
+        if max(tokenizer.get_vocab().values()) < vocab_size:
+            vocab_size = None  # no text has a token beyond it
     prompts: list[Prompt] = []
     bad: list[str] = []
     for index, (where, row) in enumerate(rows):
@@ -53,7 +63,10 @@ def load_prompts(
                 raise row
             if require_solution and "solution" not in row:
                 raise BadRowError("no `solution`, and the run needs one for every row")
-            prompts.append(_prompt(row, index, where, data, tokenizer))
+            prompt = _prompt(row, index, where, data, tokenizer)
+            if vocab_size is not None:
+                _check_vocabulary(prompt, tokenizer, vocab_size)
+            prompts.append(prompt)
         except BadRowError as why:
             bad.append(f"{where}: {why}")
     if bad and (data.on_bad_row == "stop" or not prompts):
@@ -96,6 +109,9 @@ def _prompt(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Prompt:
     """One row as a prompt. Raises BadRowError."""
+    for name, value in row.items():
+        if problem := text_problem(value):
+            raise BadRowError(f"`{name}` {problem}")
     for name in ("answer", "solution", "verifier"):
         if not isinstance(row.get(name, ""), str):
             raise BadRowError(f"`{name}` must be a string, not {type(row[name]).__name__}")
@@ -112,8 +128,8 @@ def _prompt(
         messages = ({"role": "system", "content": data.system_prompt}, *messages)
     try:
         token_ids = encode_chat(tokenizer, messages, data.chat_template_options)
-    except TemplateError as error:
-        raise BadRowError(f"the chat template refuses the messages: {error}") from error
+    except UnusableTextError as why:
+        raise BadRowError(str(why)) from why
     if len(token_ids) > data.max_prompt_tokens:
         raise BadRowError(
             f"the prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens "
@@ -129,6 +145,17 @@ def _prompt(
         metadata=metadata,
         where=where,
     )
+
+
+def _check_vocabulary(
+    prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> None:
+    """Every text of a row that student or teacher may read. Raises BadRowError."""
+    texts = {"answer": prompt.answer, "solution": prompt.solution}
+    encoded = {name: encode_text(tokenizer, text) for name, text in texts.items() if text}
+    for name, token_ids in {"prompt": prompt.token_ids, **encoded}.items():
+        if problem := outside_vocabulary(tokenizer, token_ids, vocab_size):
+            raise BadRowError(f"`{name}`: {problem}")
 
 
 @cache

@@ -6,6 +6,7 @@ schema for all rows and caches it, and loses the line number that an error must 
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from megasd.data.config import ReasoningGymConfig
 from megasd.process.errors import TryAgainError, may_pass
 
+_HALF = re.compile("[\ud800-\udfff]")
+DEEPEST = 100  # lists and objects within each other; more ends in a RecursionError somewhere
 FIELDS = ("prompt", "messages", "answer", "solution", "verifier", "metadata")
 
 
@@ -60,6 +63,8 @@ def _jsonl_rows(name: str) -> Iterator[Row]:
 def _parse_line(line: bytes) -> Mapping[str, Any] | BadRowError:
     try:
         row = json.loads(line)
+    except RecursionError:
+        return BadRowError(f"not JSON that can be read: nested more than {DEEPEST} deep")
     except ValueError as error:  # broken JSON, or bytes that are no text
         return BadRowError(f"not JSON: {error}")
     if not isinstance(row, dict):
@@ -84,6 +89,37 @@ READERS = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 def _known_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in FIELDS if row.get(name) is not None}
+
+
+def encodable(text: str) -> str:
+    """`text` with a question mark for every half of a character."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def text_problem(value: Any) -> str | None:
+    """Why texts anywhere in `value` cannot be handed on; None where they can.
+
+    JSON and YAML can spell half of a character outside the 16-bit plane: a str that no tokenizer,
+    file or pipe takes. Keys count too.
+    """
+    level = [value]
+    for _ in range(DEEPEST):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, str):
+                if found := _HALF.search(one):
+                    return (
+                        f"holds half of a character ({found[0]!r}, a lone surrogate), which cannot "
+                        "be encoded"
+                    )
+            elif isinstance(one, Mapping):
+                below += [*one.keys(), *one.values()]
+            elif isinstance(one, Sequence) and not isinstance(one, bytes):
+                below += one
+        if not below:
+            return None
+        level = below
+    return f"is nested more than {DEEPEST} deep"
 
 
 def reasoning_gym_rows(config: ReasoningGymConfig) -> Iterator[Row]:

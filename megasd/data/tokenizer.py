@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Any one of them holds a vocabulary that transformers can read.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TEMPLATE_FILE = "chat_template.jinja"  # before whatever tokenizer_config.json says
 
 
 def check_tokenizer_files(path: str) -> list[str]:
@@ -30,22 +31,38 @@ def check_tokenizer_files(path: str) -> list[str]:
             "copy the tokenizer's files beside the weights."
         )
     try:
-        has_template = _has_chat_template(folder)
-    except ValueError as error:
+        problem = _template_problem(folder)
+    except (ValueError, RecursionError) as error:
         errors.append(f"model.path: {path}/tokenizer_config.json is not JSON: {error}.")
     else:
-        if not has_template:
+        if problem:
             errors.append(
-                f"model.path: the tokenizer in {path} has no chat template; add a "
-                "chat_template.jinja to the folder, or start from a chat model."
+                f"model.path: the tokenizer in {path} {problem}; add a {TEMPLATE_FILE} to the "
+                "folder, or start from a chat model."
             )
     return errors
 
 
-def _has_chat_template(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
+def _template_problem(folder: Path) -> str | None:
+    """Why the files hold no template for chats; None where they do."""
+    config, alone = folder / "tokenizer_config.json", folder / TEMPLATE_FILE
     settings = json.loads(config.read_bytes()) if config.is_file() else {}
-    return "chat_template" in settings or any((folder / f).is_file() for f in TEMPLATE_FILES)
+    if not isinstance(settings, dict):
+        raise ValueError("it holds no object")
+    template = settings.get("chat_template")
+    if alone.is_file():
+        template = alone.read_text(encoding="utf-8")
+    elif (folder / "additional_chat_templates").is_dir() or isinstance(template, list):
+        named = template if isinstance(template, list) else []
+        template = {one.get("name"): one.get("template") for one in named if isinstance(one, dict)}
+        if "default" not in template:
+            return "has several chat templates and none that is called default"
+        template = template["default"]
+    if template is None:
+        return "has no chat template"
+    if not isinstance(template, str) or not template.strip():
+        return "has an empty chat template"
+    return None
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
@@ -71,6 +88,10 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+class UnusableTextError(ValueError):
+    """Why a text cannot become the token ids of a prompt."""
+
+
 def encode_chat(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Mapping[str, str]],
@@ -78,15 +99,72 @@ def encode_chat(
 ) -> np.ndarray:
     """[P] int64: the messages under the chat template, generation header included.
 
-    `options` is `data.chat_template_options`, what this model's template understands.
+    `options` is `data.chat_template_options`, what this model's template understands. Raises
+    UnusableTextError for messages that the template does not take, whatever it raises.
     """
-    ids = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        add_generation_prompt=True,
-        return_dict=False,
-        **options,
+    try:
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            return_dict=False,
+            **options,
+        )
+        token_ids = np.asarray(ids, dtype=np.int64)
+    except TemplateError as error:
+        raise UnusableTextError(f"the chat template refuses the messages: {error}") from error
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # a template is a program: it fails in as many ways
+        said = f"{type(error).__name__}: {error}"
+        raise UnusableTextError(f"the chat template fails on the messages ({said})") from error
+    if not len(token_ids):
+        raise UnusableTextError("the chat template makes an empty prompt of the messages")
+    return token_ids
+
+
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> np.ndarray:
+    """[T] int64: a text as it stands, without special tokens around it."""
+    return np.asarray(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+
+def outside_vocabulary(
+    tokenizer: "PreTrainedTokenizerBase", token_ids: np.ndarray, vocab_size: int
+) -> str | None:
+    """What is wrong with ids that the model has no row for; None where there are none.
+
+    A tokenizer may have more tokens than the model as long as nobody writes them.
+    """
+    if not len(token_ids) or token_ids.max() < vocab_size:
+        return None
+    index = int(token_ids.max())
+    return (
+        f"token {index} ({tokenizer.convert_ids_to_tokens(index)!r}) is outside the model's "
+        f"vocabulary of {vocab_size} (vocab_size of config.json)"
     )
-    return np.asarray(ids, dtype=np.int64)
+
+
+def check_chats(
+    tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any], vocab_size: int
+) -> None:
+    """Raises one ValueError about `model.path` for what would be wrong with every prompt."""
+    folder = tokenizer.name_or_path
+    assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer has looked"
+    if problem := outside_vocabulary(tokenizer, np.array([tokenizer.eos_token_id]), vocab_size):
+        raise ValueError(
+            f"model.path: the end-of-sequence token of {folder} does not exist: {problem}; use "
+            "the tokenizer of the model"
+        )
+    try:
+        token_ids = encode_chat(tokenizer, [{"role": "user", "content": "1"}], options)
+    except UnusableTextError as why:
+        if "makes an empty prompt" not in str(why):
+            return  # it may take the messages of the rows
+        raise ValueError(f"model.path: {folder}: {why}; write a chat template") from why
+    if problem := outside_vocabulary(tokenizer, token_ids, vocab_size):
+        raise ValueError(
+            f"model.path: the chat template of {folder} writes a token that does not exist: "
+            f"{problem}; use the model's own template, or a model that was resized to the tokenizer"
+        )
 
 
 def vocabulary_difference(path: str, other: str) -> str | None:

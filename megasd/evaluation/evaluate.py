@@ -9,6 +9,7 @@ import numpy as np
 from megasd.evaluation.config import EvaluationConfig
 from megasd.evaluation.statistics import average_at_k, pass_at_k
 from megasd.rewards.scorer import Scorer
+from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import Request
 from megasd.rollout.fleet import Fleet
 from megasd.rollout.spread import Spread
@@ -37,15 +38,15 @@ def evaluate(
     config: EvaluationConfig,
     *,
     seed: int,
-    max_response_tokens: int,
+    rollout: RolloutConfig,
     success_threshold: float,
     spread: Spread,
 ) -> Evaluation:
     """Held-out figures of the weights that the engines hold, the same on every rank.
 
-    Called by all ranks; the scorer is None on those that do not judge. Samples from the
-    whole distribution (no top-p, no top-k), with seeds that do not depend on the step, so that
-    two evaluations differ by their weights only. A response is right when its reward reaches
+    Called by all ranks; the scorer is None on those that do not judge. Samples as in training but
+    for the temperature, with seeds that do not depend on the step, so that two evaluations differ
+    by their weights only. A response is right when its reward reaches
     `success_threshold`; one whose verifier failed is counted in `evaluation/reward_errors` and
     left out of the accuracy.
     """
@@ -56,9 +57,11 @@ def evaluate(
             sample=sample,
             seed=_request_seed(seed, prompt.index, sample),
             temperature=config.temperature,
-            top_p=1.0,
-            top_k=0,
-            max_response_tokens=max_response_tokens,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            stop=tuple(rollout.stop),
+            max_response_tokens=rollout.max_response_tokens,
         )
         for place, prompt in enumerate(prompts[: config.max_prompts])
         for sample in range(config.samples)

@@ -7,6 +7,7 @@ from megasd.evaluation.config import EvaluationConfig
 from megasd.evaluation.evaluate import evaluate
 from megasd.evaluation.records import write_counts
 from megasd.rewards.scorer import Scorer
+from megasd.rollout.config import RolloutConfig
 from megasd.rollout.fleet import Fleet
 from megasd.rollout.spread import Spread
 from megasd.types import Prompt
@@ -24,7 +25,7 @@ class Evaluator:
         scorer: Scorer | None,
         spread: Spread,
         seed: int,
-        max_response_tokens: int,
+        rollout: RolloutConfig,
         success_threshold: float,
         run_folder: Path | None,
     ) -> None:
@@ -34,7 +35,7 @@ class Evaluator:
         self._scorer = scorer
         self._spread = spread
         self._seed = seed
-        self._max_response_tokens = max_response_tokens
+        self._rollout = rollout
         self._success_threshold = success_threshold
         self._run_folder = run_folder  # None: another rank writes
 
@@ -55,7 +56,7 @@ class Evaluator:
             self.prompts,
             self.config,
             seed=self._seed,
-            max_response_tokens=self._max_response_tokens,
+            rollout=self._rollout,
             success_threshold=self._success_threshold,
             spread=self._spread,
         )

@@ -12,7 +12,8 @@ from megasd.policy.megatron.build import DTYPES, HeadlessGPT, Layout, build_mode
 from megasd.weights.hf_folder import HFFolder, load_parameter, read_hf_config
 from megasd.weights.layout import rank_experts, stage_layers
 from megasd.weights.tables import config_faults, table_for
-from megasd.weights.tables.table import Row, Table
+from megasd.weights.tables.table import Entry, Row, Table
+from megasd.weights.values import strange_values
 
 
 class LoadedModel(NamedTuple):
@@ -40,8 +41,19 @@ def load_model(path: Path, model: ModelConfig, layout: Layout, backend: Backend)
         tensor_rank = layout.etp_rank if entry.row.experts else layout.tp_rank
         ways = layout.sizes.ways(entry.row)
         parameter.copy_(load_parameter(folder, entry, tensor_rank, ways, dtype))
+        if problem := strange_values(parameter):
+            raise ValueError(
+                f"model.path: {path}: {_culprit(folder, entry)} {problem}, which no weight of a "
+                "model is; copy the folder again, or choose another checkpoint"
+            )
         _mark(parameter, entry.row)
     return LoadedModel(gpt, hf_config, table)
+
+
+def _culprit(folder: HFFolder, entry: Entry) -> str:
+    """Which of the tensors that make up a parameter is meant."""
+    names = entry.hf_names()
+    return next((n for n in names if strange_values(folder.get_slice(n)[:])), " or ".join(names))
 
 
 def _mark(parameter: Any, row: Row) -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from megasd.types import Prompt, Rollout
 from megasd.weights.bucket import Bucket
+from megasd.weights.hf_folder import read_hf_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,11 +94,31 @@ def response_text(tokenizer: "PreTrainedTokenizerBase", token_ids: np.ndarray) -
 
 
 def stop_ids(folder: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokenizer's end-of-sequence token and those of the folder's generation_config.json."""
-    from transformers import GenerationConfig
+    """The tokens that end a response, of every engine, in training and in evaluation.
 
-    ids: list[Any] = [tokenizer.eos_token_id]
-    if (Path(folder) / "generation_config.json").is_file():
-        also: Any = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-        ids += also if isinstance(also, list) else [also]
-    return sorted({i for i in ids if i is not None})
+    Those at which transformers' `generate` and vLLM stop: of generation_config.json, and only
+    without that file of config.json, beside the tokenizer's own.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        said = read_hf_config(folder).get("eos_token_id")
+        default = AutoConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        if said != default:
+            raise ValueError(
+                f"model.path: {folder}/config.json names no eos_token_id, for which vLLM would "
+                f"take its family's default, {default}, and transformers none; add the model's"
+            )
+    else:
+        try:
+            said = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"model.path: {file} cannot be read ({error}); correct it") from error
+    also = said if isinstance(said, list) else [said]
+    ids = {i for i in (tokenizer.eos_token_id, *also) if i is not None}
+    if wrong := [i for i in ids if type(i) is not int or i < 0]:
+        raise ValueError(
+            f"model.path: eos_token_id: {wrong[0]!r} in {folder} is not a token id; correct it"
+        )
+    return sorted(ids)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megasd.data.tokenizer import encode_text
 from megasd.rollout.engine import Request, response_text
 from megasd.types import Rollout
 from megasd.weights.bucket import Bucket
@@ -36,8 +37,8 @@ class SolutionsEngine:
                 f"{prompt.where}: the row has no solution to train on; "
                 "add one, or choose an algorithm that samples responses"
             )
-        solution = self._tokenizer.encode(prompt.solution, add_special_tokens=False)
-        whole = np.array([*solution, self._tokenizer.eos_token_id], dtype=np.int64)
+        solution = encode_text(self._tokenizer, prompt.solution)
+        whole = np.append(solution, self._tokenizer.eos_token_id)
         return Rollout(
             prompt=prompt,
             group_id=request.group_id,

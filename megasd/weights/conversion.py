@@ -8,6 +8,7 @@ bytes in the same files.
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from megasd.weights.dist_checkpoint import (
     BACKEND_FILE,
@@ -25,12 +27,19 @@ from megasd.weights.dist_checkpoint import (
 )
 from megasd.weights.dist_writer import CheckpointPlan
 from megasd.weights.hf_files import INDEX_FILE, TensorFile, index_of
-from megasd.weights.hf_folder import CARRIED_OVER, HFFolder, copy_model_files, read_hf_config
+from megasd.weights.hf_folder import (
+    CARRIED_OVER,
+    HFFolder,
+    copy_model_files,
+    read_hf_config,
+    require_outside,
+)
 from megasd.weights.layout import Sizes, layout_errors
 from megasd.weights.partial_folder import Bytes, PartialFolder
 from megasd.weights.tables import table_for
 from megasd.weights.tables.table import Row, Table
 from megasd.weights.torch_record import memory_of
+from megasd.weights.values import strange_values
 
 HF_PART = "hf"  # within a converted checkpoint
 HEADERS_FILE = "safetensors_headers.json"
@@ -62,6 +71,7 @@ def hf_to_megatron(
     hf_config = read_hf_config(source)
     table = table_for(hf_config)
     folder.check(table)
+    require_outside(target, source)
     if errors := layout_errors(table, sizes):
         raise ValueError("; ".join(errors))
     files = folder.plan()
@@ -73,7 +83,7 @@ def hf_to_megatron(
     total = sum(plan.sizes.values())
     with PartialFolder(target, purpose, lambda done: report(done, total)) as partial:
         for name in plan.files:
-            partial.write(name, plan.bytes_of(name, folder))
+            partial.write(name, plan.bytes_of(name, folder, _warn))
         (partial.path / METADATA_FILE).write_bytes(plan.metadata())
         _write_common(partial.path, hf_config)
         _write_hf_part(partial.path / HF_PART, source, files, new_files)
@@ -98,6 +108,7 @@ def megatron_to_hf(
     conversion put into the checkpoint. Otherwise as `hf_to_megatron`.
     """
     dist, model_files = open_checkpoint(checkpoint, source)
+    require_outside(target, dist.path, model_files)
     table = table_for(read_hf_config(model_files))
     dist.check(table)
     files = _plan_of(model_files, table)
@@ -328,7 +339,15 @@ def _write_index(
 def _file_bytes(file: TensorFile, parts: Mapping[str, Part]) -> Iterator[Bytes]:
     yield file.start
     for name, place in file.tensors.items():
-        yield memory_of(parts[name].tensor().to(place.dtype))
+        values = parts[name].tensor().to(place.dtype)
+        _warn(name, values)
+        yield memory_of(values)
+
+
+def _warn(name: str, values: Tensor) -> None:
+    """Bytes are kept whatever they are: it is training that refuses such a model."""
+    if problem := strange_values(values):
+        print(f"warning: {name} {problem}, which no weight of a model is", file=sys.stderr)
 
 
 def _verify_checkpoint(

@@ -9,7 +9,7 @@ import io
 import math
 import pickle
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,6 +46,11 @@ class Cut:
     offset: tuple[int, ...]  # within the global tensor
     shape: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        names = self.entry.hf_names()
+        return " or ".join(names) if self.piece is None else names[self.piece.source]
+
     def read(self, folder: HFFolder, dtype: torch.dtype) -> Tensor:
         """The values, contiguous; they may share memory with the folder's file."""
         if self.piece is None:
@@ -81,13 +86,16 @@ class CheckpointPlan:
             self._note_states(name, cuts)
             self.sizes[name] = position
 
-    def bytes_of(self, name: str, folder: HFFolder) -> Iterator[Bytes]:
-        """One file, block by block."""
+    def bytes_of(
+        self, name: str, folder: HFFolder, look: Callable[[str, Tensor], None]
+    ) -> Iterator[Bytes]:
+        """One file, block by block; `look` sees the values with the names of their tensors."""
         position = len(_nothing())
         yield _nothing()
         for cut in self.files[name]:
             dtype = self.dtypes[cut.entry.row]
             values = cut.read(folder, dtype)
+            look(cut.name, values)
             memory = memory_of(values)
             before, after = frame(dtype, cut.shape, position, zlib.crc32(memory))
             yield from (before, memory, after)

@@ -19,8 +19,8 @@ from megasd.weights.torch_record import memory_of
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class TensorFile:
         for tensor, said in json.loads(header).items():
             if tensor == "__metadata__":
                 continue
-            if said["dtype"] not in _DTYPES:
+            if said["dtype"] not in DTYPES:
                 raise ValueError(
-                    f"{name}: {tensor} has dtype {said['dtype']}; only {', '.join(_DTYPES)} are "
+                    f"{name}: {tensor} has dtype {said['dtype']}; only {', '.join(DTYPES)} are "
                     "supported, use the model's unquantized weights"
                 )
-            dtype, (start, stop) = _DTYPES[said["dtype"]], said["data_offsets"]
+            dtype, (start, stop) = DTYPES[said["dtype"]], said["data_offsets"]
             places[tensor] = Place(dtype, tuple(said["shape"]), start, stop)
         return cls(name, header, dict(sorted(places.items(), key=lambda item: item[1].start)))
 

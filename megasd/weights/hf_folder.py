@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megasd.process.errors import TryAgainError, may_pass
 from megasd.weights.hf_files import (
+    DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
     PlanWriter,
@@ -66,13 +67,16 @@ class HFFolder:
         self.path = Path(path)
         self.files: dict[str, str] = {}  # file by tensor name
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors calls them
         self._open: dict[str, Any] = {}
         index = self._index()
         for file in sorted(set(index.values())) if index else [SINGLE_FILE]:
             self._open[file] = self._opened(file)
             for name in self._open[file].keys():  # noqa: SIM118 - not a dict
                 self.files[name] = file
-                self.shapes[name] = tuple(self._open[file].get_slice(name).get_shape())
+                header = self._open[file].get_slice(name)
+                self.shapes[name] = tuple(header.get_shape())
+                self.dtypes[name] = header.get_dtype()
         if lost := [f"{name} in {f}" for name, f in index.items() if self.files.get(name) != f]:
             raise ValueError(
                 f"{self.path / INDEX_FILE} names tensors that are not there: {', '.join(lost)}; "
@@ -124,7 +128,12 @@ class HFFolder:
             where = f"{name} in {self.files[name]}"
             original = table.copies.get(name)
             wanted = expected.get(original or name)
-            if wanted is None:
+            if self.dtypes[name] not in DTYPES:
+                errors.append(
+                    f"{where} has dtype {self.dtypes[name]}; only {', '.join(DTYPES)} are "
+                    "supported, use the model's unquantized weights"
+                )
+            elif wanted is None:
                 errors.append(f"{where} is not a tensor of {table.model_type}")
             elif shape != wanted:
                 errors.append(f"{where} has shape {shape} instead of {wanted}")
@@ -172,6 +181,7 @@ def write_hf_folder(
     """
     target, source = Path(target), HFFolder(source_folder)
     require_empty(target)
+    require_outside(target, source.path)
     table = table_for(read_hf_config(source.path))
     source.check(table)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -194,6 +204,15 @@ def require_empty(target: Path) -> None:
     """Raises ValueError when there is something at `target`."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; choose another one")
+
+
+def require_outside(target: Path, *sources: Path) -> None:
+    """Raises ValueError when `target` lies in one of `sources`, which are not to be changed."""
+    for source in sources:
+        if target.resolve().is_relative_to(source.resolve()):
+            raise ValueError(
+                f"{target} lies inside {source}, which it is made from; choose another"
+            )
 
 
 def copy_model_files(

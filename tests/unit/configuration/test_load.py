@@ -189,6 +189,7 @@ def test_a_fault_is_one_sentence_with_file_key_and_remedy(text: str, fragments: 
         ("run.steps=x", 'command line: run.steps: got "x"; write a whole number'),
         ("run.stepz=1", "command line: run.stepz: unknown key; did you mean run.steps?"),
         ("data.files=[a", "command line: data.files: not valid YAML"),
+        ("data.system_prompt=\udce9", "command line: data.system_prompt: not valid YAML"),
     ],
 )
 def test_a_fault_on_the_command_line_says_so(override: str, fragment: str) -> None:

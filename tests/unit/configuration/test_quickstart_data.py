@@ -92,6 +92,7 @@ def test_the_teacher_reads_the_answer_as_the_warm_start_taught_it() -> None:
         success_threshold=1.0,
         answer_pattern=config.data.answer_pattern,
         seed=0,
+        vocab_size=len(tokenizer),
     )
     taught = next(row for row in rows("sft.jsonl") if "[answer" in row["prompt"])
     plain = load_prompts(config.data, tokenizer).prompts[0]

@@ -128,6 +128,11 @@ def test_the_workspace_is_valid_on_several_layouts() -> None:
         (["rollout.top_p=0.9"], 1, ["rollout.top_p: truncated", "rollout.mismatch.level to off"]),
         (["rollout.top_k=5"], 1, ["rollout.top_k: truncated", "leave it at 0"]),
         (["context.template=look"], 1, ["context.template: ", "write {context} where"]),
+        (
+            ["data.chat_template_options.tokenize=false"],
+            1,
+            ["data.chat_template_options: `tokenize` is not an option of a template; take it out"],
+        ),
         (["data.files=[]"], 1, ["data.files: there are no data; name .jsonl"]),
         (["data.files=[none.jsonl]"], 1, ["data.files: none.jsonl does not exist"]),
         (["data.files=[train.txt]"], 1, ["data.files: train.txt is neither .jsonl nor .parquet"]),

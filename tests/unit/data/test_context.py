@@ -45,7 +45,12 @@ def context(max_context_tokens: int = 1000, **changes) -> PrivilegedContext:
     return privileged(replace(CONFIG, **changes), TOKENIZER, max_context_tokens)
 
 
-def privileged(config: ContextConfig, tokenizer, max_context_tokens: int = 1000):
+def privileged(
+    config: ContextConfig,
+    tokenizer,
+    max_context_tokens: int = 1000,
+    vocab_size: int | None = None,
+):
     return PrivilegedContext(
         config,
         tokenizer,
@@ -54,6 +59,7 @@ def privileged(config: ContextConfig, tokenizer, max_context_tokens: int = 1000)
         success_threshold=1.0,
         answer_pattern=None,
         seed=0,
+        vocab_size=len(tokenizer) if vocab_size is None else vocab_size,
     )
 
 
@@ -180,3 +186,23 @@ def test_a_group_shares_one_tokenisation(monkeypatch):
 def test_a_template_without_a_place_for_the_context_is_refused():
     with pytest.raises(ValueError, match=r"context\.template"):
         context(template="for reference")
+
+
+def test_half_of_a_character_in_what_a_verifier_said_does_not_end_the_run():
+    view = context().view(rollout(), "wrong: \ud83d!")
+    assert view is not None
+    assert "[wrong: ?!]" in TOKENIZER.decode(view.prompt_ids)
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_not_read():
+    tokenizer = tiny_tokenizer(strings=("<new>",))
+    built = privileged(CONFIG, tokenizer, vocab_size=len(tokenizer) - 1)
+    assert built.view(rollout(), "a <new> way") is None
+    assert built.view(rollout(), "an old way") is not None
+    assert built.num_without_room == 1
+
+
+def test_a_template_with_such_a_token_is_refused():
+    config = replace(CONFIG, template="<new>{context}")
+    with pytest.raises(ValueError, match=r"^context\.template: token \d+ \('<new>'\) is outside"):
+        privileged(config, tiny_tokenizer(strings=("<new>",)), vocab_size=len(TOKENIZER))

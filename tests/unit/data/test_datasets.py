@@ -199,6 +199,80 @@ def test_bytes_that_are_no_text_are_a_bad_row(tmp_path):
         load(DataConfig(files=[str(path)]))
 
 
+HALF = "\ud83d"
+DEEP = json.loads("[" * 200 + "]" * 200)
+
+
+@pytest.mark.parametrize(
+    ("field", "row"),
+    [
+        ("prompt", {**GOOD, "prompt": f"half an emoji {HALF}"}),
+        ("answer", {**GOOD, "answer": HALF}),
+        ("solution", {**GOOD, "solution": HALF}),
+        ("verifier", {**GOOD, "verifier": HALF}),
+        ("metadata", {**GOOD, "metadata": {"tests": [{"stdin": HALF}]}}),
+        ("metadata", {**GOOD, "metadata": {HALF: 1}}),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "system", "content": HALF},
+                    {"role": "user", "content": "?"},
+                ],
+                "answer": "2",
+            },
+        ),
+    ],
+)
+def test_half_of_a_character_in_any_field_is_a_bad_row(tmp_path, field, row):
+    files = [write(tmp_path / "rows.jsonl", [GOOD, row])]
+    reason = f"rows.jsonl:2: `{field}` holds half of a character"
+    with pytest.raises(ValueError, match=reason):
+        load(DataConfig(files=files))
+    assert len(load(DataConfig(files=files, on_bad_row="skip")).prompts) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "[" * 20_000,
+        '{"prompt": "?", "answer": "2", "metadata": ' + '{"a":' * 20_000,
+        json.dumps({**GOOD, "metadata": {"tree": DEEP}}),
+    ],
+)
+def test_nesting_without_end_is_a_bad_row(tmp_path, row):
+    files = [write(tmp_path / "rows.jsonl", [GOOD, row])]
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: .*nested more than 100 deep"):
+        load(DataConfig(files=files))
+
+
+def test_an_error_of_any_kind_in_the_template_is_a_bad_row(tmp_path):
+    tokenizer = tiny_tokenizer(strings=())
+    tokenizer.chat_template = (
+        "{{ messages[0].content + (1 if messages[0].content == 'no' else '') }}"
+    )
+    files = [write(tmp_path / "rows.jsonl", [{**GOOD, "prompt": "no"}, GOOD])]
+    loaded = load_prompts(DataConfig(files=files, on_bad_row="skip"), tokenizer)
+    assert len(loaded.prompts) == 1
+    assert "rows.jsonl:1: the chat template fails on the messages (TypeError" in loaded.skipped[0]
+
+
+def test_a_token_that_the_model_has_no_row_for_is_a_bad_row_where_it_is_used(tmp_path):
+    tokenizer = tiny_tokenizer(strings=("<new>",))
+    rows = [GOOD, *({**GOOD, name: "<new>"} for name in ("prompt", "answer", "solution"))]
+    files = [write(tmp_path / "rows.jsonl", rows)]
+    data = DataConfig(files=files, on_bad_row="skip")
+    assert len(load_prompts(data, tokenizer, vocab_size=len(tokenizer)).prompts) == 4
+    loaded = load_prompts(data, tokenizer, vocab_size=len(tokenizer) - 1)
+    assert len(loaded.prompts) == 1
+    for why, (line, name) in zip(
+        loaded.skipped, [(2, "prompt"), (3, "answer"), (4, "solution")], strict=True
+    ):
+        assert (
+            f"rows.jsonl:{line}: `{name}`: token {len(tokenizer) - 1} ('<new>') is outside" in why
+        )
+
+
 def test_no_rows_are_an_error_in_every_form(tmp_path):
     empty = write(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match=r"data.files .*empty.jsonl.*no rows"):

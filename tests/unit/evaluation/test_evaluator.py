@@ -11,12 +11,15 @@ from megasd.evaluation.config import EvaluationConfig
 from megasd.evaluation.evaluate import Counts, Evaluation, evaluate, leakage
 from megasd.evaluation.evaluator import Evaluator
 from megasd.evaluation.records import read_counts, write_counts
+from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import Request
 from megasd.types import Prompt, Rollout, Verdict
 
 PROMPTS = [
     Prompt(index=10 * number, messages=(), token_ids=np.array([number])) for number in range(4)
 ]
+
+SHORT = RolloutConfig(max_response_tokens=3)
 
 
 class OneRank:
@@ -62,7 +65,10 @@ class Scorer:
 
 
 def run(
-    rewards: Sequence[Sequence[float | None]], engine: Engine | None = None, **config: Any
+    rewards: Sequence[Sequence[float | None]],
+    engine: Engine | None = None,
+    rollout: RolloutConfig = SHORT,
+    **config: Any,
 ) -> Evaluation:
     return evaluate(
         cast(Any, Engine() if engine is None else engine),
@@ -70,7 +76,7 @@ def run(
         PROMPTS,
         EvaluationConfig(samples=len(rewards[0]), **config),
         seed=5,
-        max_response_tokens=3,
+        rollout=rollout,
         success_threshold=0.5,
         spread=cast(Any, OneRank()),
     )
@@ -114,6 +120,17 @@ def test_max_prompts_takes_the_first_rows_and_their_responses_stay_the_same() ->
     assert {request.temperature for request in first_two.requests} == {0.7}
 
 
+def test_all_but_the_temperature_is_as_in_training() -> None:
+    engine = Engine()
+    rollout = RolloutConfig(
+        temperature=0.9, top_p=0.8, top_k=7, min_p=0.1, stop=["]"], max_response_tokens=3
+    )
+    run([[0.0, 1.0]] * 4, engine, rollout=rollout, temperature=0.7)
+    for one in engine.requests:
+        assert (one.temperature, one.top_p, one.top_k, one.min_p) == (0.7, 0.8, 7, 0.1)
+        assert (one.stop, one.max_response_tokens) == (("]",), 3)
+
+
 def test_leakage_is_the_share_of_responses_that_mention_the_reference() -> None:
     texts = [
         "According to the reference, it is 4.",
@@ -146,7 +163,7 @@ def test_the_counts_of_every_evaluation_lie_in_the_run_folder(tmp_path: Path) ->
             scorer=cast(Any, Scorer(rewards)),
             spread=cast(Any, OneRank()),
             seed=5,
-            max_response_tokens=3,
+            rollout=SHORT,
             success_threshold=0.5,
             run_folder=folder,
         )

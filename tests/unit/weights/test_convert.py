@@ -181,6 +181,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "integers": (_rewrite(lambda t: t | {NORM: t[NORM].char()}), "only F32, F16, BF16"),
     "cut short": (_cut(FILES, 5000), "model.safetensors is cut short or damaged"),
+    "fp8": (_rewrite(lambda t: t | {NORM: t[NORM].to(torch.float8_e4m3fn)}), "dtype F8_E4M3; only"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
 }
 
@@ -306,12 +307,52 @@ def test_options_that_cannot_be_met_are_refused_before_anything_is_written(
         (tmp_path / "new", ("--tp", 3), "error: --tp: 3 does not divide 2, key-value heads"),
         (tmp_path / "new", ("--pp", 4), "4 stages do not divide the model's 2 layers"),
         (tmp_path / "new", ("--ep", 2), "2 does not divide the 0 experts"),
+        (tmp_path / "new", ("--etp", 2), "error: --etp: 2 ranks would share an expert, and qwen3"),
+        (models["qwen3"] / "new", (), "lies inside"),
         (tmp_path / "new", ("--memory-gib", 0.01), "0.01 GiB are too little: model."),
     ):
         arguments = (models["qwen3"], target, *options)
         assert run_tool(convert_hf_to_megatron, *arguments, monkeypatch=monkeypatch) == 2
         assert sentence in capsys.readouterr().err
     assert content(tmp_path) == {"full/mine": b"keep"}
+    assert not (models["qwen3"] / "new").exists()
+
+
+def test_a_folder_is_not_written_into_the_checkpoint_it_is_made_from(
+    checkpoint: Path, models: dict[str, Path]
+) -> None:
+    before = content(checkpoint)
+    for target, source in (
+        (checkpoint / "hf" / "new", None),
+        (checkpoint / ".." / checkpoint.name / "new", None),
+        (models["qwen3"] / "new", models["qwen3"]),
+    ):
+        with pytest.raises(ValueError, match=r"lies inside .*; choose another"):
+            megatron_to_hf(checkpoint, target, source=source)
+    assert content(checkpoint) == before
+    assert not (models["qwen3"] / "new").exists()
+
+
+def test_values_that_no_model_has_are_warned_of_and_their_bytes_kept(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(models["qwen3"], tmp_path / "source")
+    up, queries = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(source / FILES)
+    tensors[NORM][3] = float("nan")
+    tensors[up][0, 0] = -1e30
+    tensors[queries][0, 0] = float("inf")
+    save_file(tensors, source / FILES, {"format": "pt"})
+    hf_to_megatron(source, tmp_path / "megatron", Sizes(tp=2))
+    said = capsys.readouterr().err
+    assert f"warning: {NORM} holds NaN, which no weight of a model is\n" in said
+    assert f"warning: {up} holds -1e+30, " in said
+    assert f"{queries} or " in said
+    assert said.count("\n") == 3
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.split()[1] for line in said) == sorted([NORM, up, queries])
+    assert content(tmp_path / "hf") == content(source)
 
 
 @pytest.mark.parametrize("first_file_fits", [False, True])
