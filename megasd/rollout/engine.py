@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -115,8 +115,9 @@ def stop_ids(folder: str | Path, tokenizer: "PreTrainedTokenizerBase") -> list[i
             said = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"model.path: {file} cannot be read ({error}); correct it") from error
-    also = said if isinstance(said, list) else [said]
-    ids = {i for i in (tokenizer.eos_token_id, *also) if i is not None}
+    also: Any = said if isinstance(said, list) else [said]
+    own: Any = tokenizer.eos_token_id
+    ids = {i for i in (own, *also) if i is not None}
     if wrong := [i for i in ids if type(i) is not int or i < 0]:
         raise ValueError(
             f"model.path: eos_token_id: {wrong[0]!r} in {folder} is not a token id; correct it"

@@ -37,8 +37,8 @@ class SolutionsEngine:
                 f"{prompt.where}: the row has no solution to train on; "
                 "add one, or choose an algorithm that samples responses"
             )
-        solution = encode_text(self._tokenizer, prompt.solution)
-        whole = np.append(solution, self._tokenizer.eos_token_id)
+        solution, end = encode_text(self._tokenizer, prompt.solution), self._tokenizer.eos_token_id
+        whole = np.array([*solution, end], dtype=np.int64)
         return Rollout(
             prompt=prompt,
             group_id=request.group_id,

@@ -143,7 +143,8 @@ def _relations(hf_config: Mapping[str, Any], file: str) -> list[str]:
     layers, types = hf_config["num_hidden_layers"], hf_config.get("layer_types")
     if types is not None and len(types) != layers:
         found.append(f"layer_types of {file} names {len(types)} layers of {layers}")
-    counts = {hf_config.get(key) for key in ("num_experts", "num_local_experts")} - {None}
+    names = ("num_experts", "num_local_experts")
+    counts = {hf_config[name] for name in names if hf_config.get(name) is not None}
     if len(counts) > 1:
         found.append(f"num_experts and num_local_experts of {file} differ")
     per_token = hf_config.get("num_experts_per_tok")

@@ -12,7 +12,7 @@ from megasd.data.tokenizer import (
     encode_chat,
     load_tokenizer,
 )
-from megasd.testing.tiny import tiny_tokenizer
+from megasd.testing.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_what_every_prompt_or_response_needs_must_be_in_the_vocabulary_and_the_r
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|new|>"], special_tokens=True)
     check_chats(tokenizer, {}, len(tokenizer) - 1)
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>", "<|new|>")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>", "<|new|>")
     with pytest.raises(
         ValueError, match=r"the chat template .*token \d+ \('<\|new\|>'\) is outside"
     ):

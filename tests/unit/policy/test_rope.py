@@ -95,7 +95,8 @@ def test_whatever_is_accepted_is_what_transformers_reads() -> None:
         except ValueError:
             continue
         accepted += 1
-        theirs = Qwen3Config(num_hidden_layers=2, **copy.deepcopy(hf_config)).rope_parameters
+        config = Qwen3Config(num_hidden_layers=2, **copy.deepcopy(hf_config))
+        theirs: Any = config.rope_parameters
         assert ours["rotary_base"] == theirs["rope_theta"], hf_config
         assert theirs["rope_type"] == ("llama3" if "rope_scaling" in ours else "default"), hf_config
         assert ours.get("rope_scaling_factor") == theirs.get("factor"), hf_config

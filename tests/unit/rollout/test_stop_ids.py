@@ -11,7 +11,7 @@ from megasd.data.tokenizer import load_tokenizer
 from megasd.rollout.engine import stop_ids
 from megasd.testing.tiny import tiny_llama, tiny_qwen3, tiny_tokenizer
 
-EOS = tiny_tokenizer().eos_token_id
+EOS: Any = tiny_tokenizer().eos_token_id
 UNSET = object()
 
 

@@ -318,43 +318,6 @@ def test_options_that_cannot_be_met_are_refused_before_anything_is_written(
     assert not (models["qwen3"] / "new").exists()
 
 
-def test_a_folder_is_not_written_into_the_checkpoint_it_is_made_from(
-    checkpoint: Path, models: dict[str, Path]
-) -> None:
-    before = content(checkpoint)
-    for target, source in (
-        (checkpoint / "hf" / "new", None),
-        (checkpoint / ".." / checkpoint.name / "new", None),
-        (models["qwen3"] / "new", models["qwen3"]),
-    ):
-        with pytest.raises(ValueError, match=r"lies inside .*; choose another"):
-            megatron_to_hf(checkpoint, target, source=source)
-    assert content(checkpoint) == before
-    assert not (models["qwen3"] / "new").exists()
-
-
-def test_values_that_no_model_has_are_warned_of_and_their_bytes_kept(
-    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = shutil.copytree(models["qwen3"], tmp_path / "source")
-    up, queries = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
-    tensors = load_file(source / FILES)
-    tensors[NORM][3] = float("nan")
-    tensors[up][0, 0] = -1e30
-    tensors[queries][0, 0] = float("inf")
-    save_file(tensors, source / FILES, {"format": "pt"})
-    hf_to_megatron(source, tmp_path / "megatron", Sizes(tp=2))
-    said = capsys.readouterr().err
-    assert f"warning: {NORM} holds NaN, which no weight of a model is\n" in said
-    assert f"warning: {up} holds -1e+30, " in said
-    assert f"{queries} or " in said
-    assert said.count("\n") == 3
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    said = capsys.readouterr().err.splitlines()
-    assert sorted(line.split()[1] for line in said) == sorted([NORM, up, queries])
-    assert content(tmp_path / "hf") == content(source)
-
-
 @pytest.mark.parametrize("first_file_fits", [False, True])
 def test_a_full_disk_costs_the_conversion_and_nothing_else(
     first_file_fits: bool,
