@@ -72,7 +72,13 @@ def hf_to_megatron(
     table = table_for(hf_config)
     folder.check(table)
     require_outside(target, source)
-    if errors := layout_errors(table, sizes):
+    errors = layout_errors(table, sizes)
+    if sizes.etp > 1 and not table.num_experts:
+        errors.append(
+            f"parallel.expert_tensor: {sizes.etp} ranks would share an expert, and "
+            f"{table.model_type} has none; leave it at 1"
+        )
+    if errors:
         raise ValueError("; ".join(errors))
     files = folder.plan()
     dtypes = _row_dtypes(table, files, dtype)

@@ -53,11 +53,6 @@ def layout_errors(table: Table, sizes: Sizes) -> list[str]:
             f"parallel.expert: {sizes.ep} does not divide the {table.num_experts} experts of "
             f"{table.model_type}"
         )
-    if sizes.etp > 1 and not table.num_experts:
-        errors.append(
-            f"parallel.expert_tensor: {sizes.etp} ranks would share an expert, and "
-            f"{table.model_type} has none; leave it at 1"
-        )
     return errors
 
 
