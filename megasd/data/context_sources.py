@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megasd.data.config import ContextConfig
-from megasd.rewards.verifiers import extract
+from megasd.rewards.verifiers import extract, last_boxed
 from megasd.types import Prompt, Rollout, Verdict
 
 if TYPE_CHECKING:
@@ -202,11 +202,7 @@ def without_thinking(text: str) -> str:
 
 def marked_answer(text: str) -> str:
     r"""What is in the last `\boxed{}`, else between the last answer tags, else nothing."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for place in range(start, len(text)) if start >= 0 else ():
-        depth += (text[place] == "{") - (text[place] == "}")
-        if text[place] == "}" and depth == 0:
-            return text[start + len("\\boxed{") : place].strip()
+    if boxed := last_boxed(text):
+        return boxed
     _, opening, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
     return inside.strip() if opening else ""

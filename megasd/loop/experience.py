@@ -12,6 +12,7 @@ from megasd.algorithms.base import Algorithm
 from megasd.data.context import student_view
 from megasd.data.prompts import Prompts
 from megasd.metrics.phases import Phases
+from megasd.process.errors import TryAgainError
 from megasd.rewards.config import RewardConfig
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.config import RolloutConfig
@@ -93,6 +94,7 @@ class Collector:
         self.minibatches = minibatches
         self.device = device
         self.seed = seed
+        self._has_judged = False
 
     def collect(self, step: int, phases: Phases) -> Experience:
         """`rollout.prompts_per_step` groups; those that the algorithm drops are made up for."""
@@ -114,10 +116,12 @@ class Collector:
             if not missing:  # groups that ended in verifier errors are not made up for
                 break
         if not rollouts:
-            raise ValueError(
+            # A verifier that worked before may work again: what it calls may be away.
+            raise (TryAgainError if self._has_judged else ValueError)(
                 f"step {step}: all {len(seen)} rollouts ended in a verifier error, the first: "
                 f"{seen[0][1].error}; mend data.verifier, or raise reward.timeout_seconds"
             )
+        self._has_judged = True
         return self._assemble(rollouts, verdicts, self._sampling_metrics(seen))
 
     def _sample(self, prompts: Sequence[Prompt], step: int, refills: int) -> list[Rollout]:

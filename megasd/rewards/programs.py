@@ -16,14 +16,17 @@ teacher has read the failing one in the feedback.
 """
 
 import ast
+import builtins
 import json
 import math
 import re
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from markdown_it import MarkdownIt
 
 from megasd.rewards import sandbox
 from megasd.rewards.jail.program import plain
@@ -32,6 +35,9 @@ from megasd.rewards.sandbox import MEGABYTE, Ended, Limits
 DEFAULTS = {"seconds": 10.0, "seconds_per_test": 5.0, "memory_mb": 512}
 TOLERANCE = 1e-6  # relative, and absolute near 0
 SHOWN_CHARACTERS = 600  # of each input, output and traceback in the feedback
+_PYTHON = re.compile(r"py(thon)?[\d.]*(?![\w-])")
+# Fences are the same in and outside of tags like <think>; inline text does not matter.
+_MARKDOWN = MarkdownIt("commonmark").disable(["html_block", "inline"])
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,10 @@ def judge(text: str, metadata: Mapping[str, Any]) -> tuple[float, str]:
     Raises ValueError for metadata that `check` would refuse, SandboxError where this machine
     cannot contain a program.
     """
-    program = find_program(text)
+    tests = read_tests(metadata)
+    program = find_program(text, _used_names(tests))
     if not program.strip():
         return 0.0, "no answer found: the response holds no Python code"
-    tests = read_tests(metadata)
     options = read_options(metadata)
     deadline = time.monotonic() + options["seconds"]
     passed, first = 0, ""
@@ -87,27 +93,64 @@ def check(metadata: Mapping[str, Any]) -> str | None:
 # ---- the program --------------------------------------------------------------------------------
 
 
-def find_program(text: str) -> str:
-    """The last block fenced by ``` as Python or as nothing; without any fence the whole text."""
-    blocks: list[tuple[str, list[str]]] = []
-    inside = False
-    for line in text.splitlines():
-        fence = line.strip()
-        if not inside and fence.startswith("```"):
-            inside = True
-            words = fence.strip("`").lower().split()
-            blocks.append((words[0] if words else "", []))
-        elif inside and fence == "```":
-            inside = False
-        elif inside:
-            blocks[-1][1].append(line)
+def find_program(text: str, names: Collection[str] = ()) -> str:
+    """The last fenced block of Python, as CommonMark reads fences; without any the whole text.
+
+    With `names`, which the tests use, it is the last block that defines them all, if there is one:
+    a response may end with a usage example. A block without a language counts where no Python
+    does. Where a block is no Python, text behind its closing fence may be why: it ends there then.
+    """
+    blocks = [
+        (token.info.strip().strip("{.").lower(), _ended(token.content, token.markup))
+        for token in _MARKDOWN.parse(text)
+        if token.type == "fence"
+    ]
     if not blocks:
         return text
-    for languages in (("python", "python3", "py"), ("",)):
-        for language, lines in reversed(blocks):
-            if language in languages:
-                return "\n".join(lines) + "\n"
-    return ""
+    python = [program for info, program in blocks if _PYTHON.match(info)]
+    unnamed = [program for info, program in blocks if not info]
+    if names:
+        for program in (*reversed(python), *reversed(unnamed)):
+            if set(names) <= _defined(program):
+                return program
+    return next(iter([*reversed(python), *reversed(unnamed)]), "")
+
+
+def _ended(program: str, fence: str) -> str:
+    """What a fence with text behind it ends, in a block that is no Python with it."""
+    if _tree(program) is None:
+        cut = re.split(rf"^ {{0,3}}{re.escape(fence)}", program, maxsplit=1, flags=re.MULTILINE)
+        if len(cut) > 1 and _tree(cut[0]) is not None:
+            return cut[0]
+    return program if program.endswith("\n") else program + "\n"  # cut at the response's length
+
+
+def _tree(program: str) -> ast.AST | None:
+    try:
+        return ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _defined(program: str) -> set[str]:
+    """Every name that the program binds."""
+    tree = _tree(program)
+    found: set[str] = set()
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+    return found
+
+
+def _used_names(tests: Sequence[Test]) -> set[str]:
+    """What the tests call that is not Python's own."""
+    expressions = [test.expression for test in tests if test.expression is not None]
+    nodes = [node for text in expressions for node in ast.walk(ast.parse(text, mode="eval"))]
+    return {node.id for node in nodes if isinstance(node, ast.Name)} - set(dir(builtins))
 
 
 # ---- the row ------------------------------------------------------------------------------------
@@ -259,7 +302,7 @@ def equal(given: Any, expected: Any) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    lines = [line.rstrip() for line in text.splitlines()]
+    lines = [line.rstrip() for line in text.split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     return lines

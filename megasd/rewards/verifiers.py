@@ -87,6 +87,9 @@ def math(text: str, answer: str | None, metadata: Mapping[str, Any]) -> Outcome:
     if not given:
         return 0.0, "no answer found: there is no number and no formula to read"
     equal = math_verify.verify(gold, given, timeout_seconds=0)
+    if not equal and text.count("\\boxed") > 1:  # read as one set; or the last corrects the others
+        given = math_verify.parse(boxed(last_boxed(text)), parsing_timeout=0) or given
+        equal = math_verify.verify(gold, given, timeout_seconds=0)
     read_as = "" if "\\boxed" in text else r"; it is the last one found, for nothing is in \boxed{}"
     return _outcome(float(equal), str(given[-1]), answer, read_as)
 
@@ -94,6 +97,18 @@ def math(text: str, answer: str | None, metadata: Mapping[str, Any]) -> Outcome:
 def boxed(expression: str) -> str:
     r"""`\boxed{expression}`: how math-verify is told that the whole string is one answer."""
     return expression if "\\boxed" in expression else f"\\boxed{{{expression}}}"
+
+
+def last_boxed(text: str) -> str:
+    r"""What is in the last `\boxed{}` that is closed; nothing without one. In linear time."""
+    opened: list[int | None] = []  # where a box begins, None for any other brace
+    last = (-1, "")
+    for brace in re.finditer(r"\\boxed\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append(None if brace[0] == "{" else brace.end())
+        elif opened and (begin := opened.pop()) is not None:
+            last = max(last, (begin, text[begin : brace.start()].strip()))
+    return last[1]
 
 
 def reasoning_gym(text: str, answer: str | None, metadata: Mapping[str, Any]) -> Outcome:

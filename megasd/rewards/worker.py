@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import signal
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -49,6 +50,17 @@ def warm_up(name: str) -> None:
         verifiers.find_verifier(name)
 
 
+def _place(error: BaseException, name: str) -> str:
+    """Where in a user's own verifier: the innermost line of the module that holds it."""
+    module = name.partition(":")[0]
+    frames = [
+        (frame, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if ":" in name and frame.f_globals.get("__name__") == module
+    ]
+    return f" ({frames[-1][0].f_code.co_filename}:{frames[-1][1]})" if frames else ""
+
+
 def judge(
     name: str, response: str, answer: str | None, metadata: Mapping[str, Any], pattern: str | None
 ) -> Judged:
@@ -56,7 +68,8 @@ def judge(
     try:
         reward, feedback = verifiers.verify(name, response, answer, metadata, pattern)
     except (Exception, SystemExit) as error:
-        return Judged(0.0, "", f"verifier {name} raised {type(error).__name__}: {error}")
+        said = f"verifier {name} raised {type(error).__name__}: {error}"
+        return Judged(0.0, "", said + _place(error, name))
     if not math.isfinite(reward):
         return Judged(0.0, "", f"verifier {name} returned the reward {reward}")
     return Judged(reward, feedback, None)

@@ -11,6 +11,7 @@ from megasd.algorithms.grpo import GRPO
 from megasd.data.prompts import Prompts
 from megasd.loop.experience import Collector
 from megasd.metrics.phases import Phases
+from megasd.process.errors import TryAgainError
 from megasd.rewards.config import RewardConfig
 from megasd.rollout.config import RolloutConfig
 from megasd.rollout.engine import Request
@@ -145,6 +146,14 @@ def test_where_verifiers_leave_too_few_groups_as_many_mini_batches_as_can_be_hav
 def test_a_step_in_which_every_verifier_fails_stops_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"step 4: all 6 rollouts .*it broke.*data\.verifier"):
         collector(lambda _: Verdict(error="it broke"), GRPO()).collect(4, Phases())
+
+
+def test_a_verifier_that_fails_after_it_worked_is_trouble_that_may_pass() -> None:
+    verdicts = iter([Verdict(reward=1.0)] * 6 + [Verdict(error="service away")] * 6)
+    one = collector(lambda _: next(verdicts), GRPO())
+    one.collect(0, Phases())
+    with pytest.raises(TryAgainError, match=r"step 1: all 6 rollouts .*service away"):
+        one.collect(1, Phases())
 
 
 def test_seeds_differ_between_samples_prompts_and_steps_and_repeat_with_the_run() -> None:

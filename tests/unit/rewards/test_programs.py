@@ -27,6 +27,7 @@ def test_scripts_are_judged_by_what_they_print_white_space_at_ends_apart():
     assert judge(program.replace("END", r"' \n'"), sums) == (1.0, "correct")
     assert judge(program.replace("END", r"'\n\n'"), sums)[0] == 0.0
     assert judge(program.replace("END", r"'\r\n'") + "\nprint()", sums)[0] == 1.0
+    assert judge(program.replace("END", r"'\f'"), sums)[0] == 0.0, "a form feed ends no line"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_expected_values_are_nowhere_in_the_programs_process(test):
         ("```python\nx = 1\n```\nExample output:\n```\n7\n```\n", "x = 1\n"),
         ("```\nx = 1\n```\n```json\n{}\n```", "x = 1\n"),
         ("```Python3\nx = '''\n  ```python\n'''\n```", "x = '''\n  ```python\n'''\n"),
-        ("  ```python\n  x = 1\n  ```", "  x = 1\n"),
+        ("  ```python\n  x = 1\n  ```", "x = 1\n"),
         ("```python\nx = 1\ny =", "x = 1\ny =\n"),  # cut at the response's length
         ("``` python title=a\nx = 1\n```", "x = 1\n"),
         ("```cpp\nint x;\n```", ""),
@@ -237,6 +238,45 @@ def test_expected_values_are_nowhere_in_the_programs_process(test):
 )
 def test_the_last_python_block_is_the_program(text, program):
     assert find_program(text) == program
+
+
+ADD = "def add(a, b):\n    return a + b\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. Code:\n\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n",
+        "> ```python\n> def add(a, b):\n>     return a + b\n> ```",
+        f"```python\n{ADD}```\nUsage:\n```python\nprint(add(1, 2))\n```",
+        f"```python\n{ADD}```\nUsage:\n```\nadd(1, 2)\n```",
+        f"```\n{ADD}```\nUsage:\n```python\nprint(add(1, 2))\n```",
+        f"```python\ndef add(a, b): return 0\n```\nNo:\n```python\n{ADD}```",
+        f"<think>\n```python\ndef add(a, b): return 0\n```\n</think>\n```python\n{ADD}```",
+        f"```python\n{ADD}``` That is all.",
+        f"~~~python\n{ADD}~~~",
+        f"````python\n{ADD}````",
+        '```python\ndef add(a, b):\n    """Adds.\n\n    ```\n    add(1, 2)\n    ```\n    """\n'
+        "    return a + b\n```",
+        "```python\ndef add(a, b):\n    s = 'x\u2028y\x0cz\x85'\n    return a + b\n```",
+        f"```py3\n{ADD}```",
+        f"```python3.11\n{ADD}```",
+        f"```{{python}}\n{ADD}```",
+        f"```{{.python .numberLines}}\n{ADD}```",
+        f"```python\r\n{ADD}```\r\n".replace("\n", "\r\n"),
+        f"```python\n{ADD}",
+        "from operator import add",
+    ],
+)
+def test_a_right_program_is_found_in_whatever_markdown(text):
+    assert verify("code", text, None, {"tests": ["assert add(1, 2) == 3"]}, None)[0] == 1.0
+
+
+def test_what_a_program_is_looked_for_in_takes_linear_time():
+    started = time.monotonic()
+    for part in ("```\n", "> ", "- ", "```python\nx = 1\n", "(" * 50 + "\n", "~~~\n```\n"):
+        find_program(part * 5_000, {"add"})
+    assert time.monotonic() - started < 10.0
 
 
 def test_a_response_without_code_is_no_answer():

@@ -13,6 +13,7 @@ import pytest
 from megasd.rewards.config import RewardConfig
 from megasd.rewards.scorer import Scorer
 from megasd.types import Prompt, Rollout, Verdict
+from tests.unit import strange_verifiers
 
 STRANGE = "tests.unit.strange_verifiers:"
 
@@ -51,7 +52,7 @@ def test_a_verifier_that_misbehaves_costs_its_own_rollout_and_no_other(scorer):
         "kills_itself": "exit code 3",
         "segfaults": "exit code -11",
         "exits": "SystemExit: enough",
-        "raises": "KeyError: 'no such test case'",
+        "raises": "KeyError: 'no such test case' (" + strange_verifiers.__file__ + ":",
         "raises_unpicklable": "UnpicklableError: two arguments",
         "returns_nan": "reward nan",
         "returns_nothing": "TypeError",

@@ -76,6 +76,10 @@ def test_exact_forgives_white_space_only():
         (r"\boxed{50\%}", "0.5", True),
         (r"\boxed{\frac{1}{3}}", "1/2", False),
         ("it is 7, no, 8", "7", False),
+        (r"\boxed{3}, wait, no: \boxed{5}", "5", True),
+        (r"\boxed{5}, wait, no: \boxed{3}", "5", False),
+        (r"\boxed{5}, or is it \boxed{3", "5", True),
+        (r"$x = \boxed{3}$ or $x = \boxed{5}$", r"\{3, 5\}", True),
     ],
 )
 def test_math_compares_values_not_spellings(response, answer, equal):
