@@ -56,6 +56,7 @@ def requests() -> list[Request]:
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`make(behaviour)`: an engine whose process is tests/unit/fake_engine.py."""
+    (tmp_path / "generation_config.json").write_text("{}")  # of a model: only its tokenizer ends
     monkeypatch.setattr(link, "COMMAND", (sys.executable, "-m", "tests.unit.fake_engine"))
     tokenizer: Any = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: f"{ids}")
     engines: list[VLLMEngine] = []
