@@ -5,14 +5,19 @@ case makes its own process group of the size it asks for.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+_EXITING = 0x4  # Linux' flag of a thread that others may have joined already
 
 
 class RankError(AssertionError):
@@ -23,6 +28,10 @@ def _serve(rank: int, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
+
+    # Their functions' defaults would be the group of the case that imports them first, for ever.
+    import torch.distributed.fsdp
+    import torch.distributed.nn
 
     torch.set_num_threads(1)
     while True:
@@ -45,22 +54,49 @@ def _serve(rank: int, pipe: Connection) -> None:
         with contextlib.suppress(Exception):
             forget_model_parallel()
             dist.destroy_process_group()
-        pipe.send(answer)
+        gc.collect()
+        gc.freeze()  # what is left stays, modules above all: the next case's collection is quick
+        if (left := gloo_threads()) and answer[0]:
+            answer = (False, f"the case left {left} threads of process groups behind")
+        pipe.send((*answer, left == 0))
+
+
+def gloo_threads() -> int:
+    """How many threads the process groups of this process have: none, when all have ended."""
+    found = 0
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended since
+            name, _, fields = (thread / "stat").read_text().rpartition(")")
+            is_ending = int(fields.split()[6]) & _EXITING
+            found += "gloo" in name and not is_ending
+    return found
 
 
 def forget_model_parallel() -> None:
-    """Lets this process start another layout: Megatron keeps one in module variables."""
-    import sys
+    """Lets this process start another layout, and the groups of this one end.
 
+    Megatron keeps them in module variables, in the caches of its rotary embeddings, and in its
+    wrapped models, which are never freed: a hook of each parameter's gradient node refers to the
+    model, the optimizer's view of the parameter to the node, and Python's collector sees no
+    further than the view.
+    """
     if state := sys.modules.get("megatron.core.parallel_state"):
         state.destroy_model_parallel()
+        vars(state)["_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"] = None  # it forgets this one
+    if rope := sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding"):
+        rope.RotaryEmbedding.forward.cache_clear()
+    if data_parallel := sys.modules.get("megatron.core.distributed"):
+        wrapper = data_parallel.DistributedDataParallel
+        for model in [found for found in gc.get_objects() if type(found) is wrapper]:
+            vars(model).clear()
 
 
 class Ranks:
     """`run(case, *args, world_size=n)` runs `case(*args)` on ranks 0..n-1, returns their results.
 
     `case` is a module-level function; the default process group exists when it is called.
-    After a failure the processes are replaced, so one broken case does not break the next.
+    Its process groups must end with it: what it leaves behind would slow the next, and hide leaks.
+    Processes that did not answer, or were left with groups, are replaced before the next case.
     """
 
     def __init__(self, size: int = 4, timeout_seconds: float = 120.0) -> None:
@@ -94,20 +130,22 @@ class Ranks:
             workers = self._workers[:world_size]
             for _, pipe in workers:
                 pipe.send((case, args, world_size, os.path.join(folder, "rendezvous")))
-            results, failures = [], []
+            results, failures, fit = [], [], True
             for rank, (_, pipe) in enumerate(workers):
                 try:
-                    if not pipe.poll(5.0 if failures else self.timeout_seconds):
-                        failures.append(f"rank {rank}: no answer")
-                        continue
-                    ok, result = pipe.recv()
+                    if pipe.poll(5.0 if failures else self.timeout_seconds):
+                        ok, result, as_before = pipe.recv()
+                    else:
+                        ok, result, as_before = False, "no answer", False
                 except EOFError:
-                    ok, result = False, "the process died"
+                    ok, result, as_before = False, "the process died", False
+                fit = fit and as_before
                 if ok:
                     results.append(result)
                 else:
                     failures.append(f"rank {rank}: {result}")
-        if failures:
+        if not fit:
             self.close()
+        if failures:
             raise RankError("\n".join(failures))
         return results
