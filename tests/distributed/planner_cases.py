@@ -50,6 +50,10 @@ def saved_by_forward(
     return saved_and_peak(folder, settings, cuts)[0]
 
 
+# No backward pass follows: the graph stays, and with it the groups that one would use.
+saved_by_forward.keeps_groups = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 class LiveStorages(TorchDispatchMode):
     """Bytes of the storages that operations within it made and nobody has freed, and their peak."""
 
