@@ -15,10 +15,23 @@ def ranks() -> Iterator[Ranks]:
     group.close()
 
 
+# What takes minutes starts first, and unit tests fill up.
+_LONGEST = ("tests/distributed/", "tests/slurm/", "tests/end_to_end/test_resume.py")
+_LONGEST += ("tests/rollout/test_vllm_sync.py", "tests/rollout/", "tests/end_to_end/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        matches = (i for i, path in enumerate(_LONGEST) if item.nodeid.startswith(path))
+        return next(matches, len(_LONGEST))
+
+    items.sort(key=place)  # stable: in a file, and among the rest, the order stays
+
+
 class _Scheduling(LoadFileScheduling):
     """To each process of `--numprocesses` a file at a time; a folder where files share a fixture.
 
-    With `--no-loadscope-reorder` what takes minutes starts first, and unit tests fill up.
+    In the order of collection, with `--no-loadscope-reorder`.
     """
 
     def _split_scope(self, nodeid: str) -> str:

@@ -63,6 +63,7 @@ def requests() -> list[Request]:
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`make(host)`: an engine of one rank; its process is what the host plays."""
+    (tmp_path / "generation_config.json").write_text("{}")  # of a model: only its tokenizer ends
     engines: list[VLLMEngine] = []
 
     def make_one(host: Any = None, *, device: torch.device = CPU, **settings: Any) -> VLLMEngine:
