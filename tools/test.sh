@@ -6,8 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/setup.sh
 . tools/setup.sh
 export OMP_NUM_THREADS=1 # tests spawn up to four ranks
-# Four processes on two cores: much of the time some wait for Slurm, an engine or a clock.
-[ $# -gt 0 ] || set -- --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
+# Three processes on two cores: much of the time one of them waits for Slurm, an engine or a clock.
+[ $# -gt 0 ] || set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
 
 static=$(mktemp)
 trap 'rm -f "$static"' EXIT
