@@ -31,8 +31,8 @@ class Metrics:
     """`log(step, values)` once per step, on every rank; rank 0 writes. A context manager.
 
     The first row that is logged replaces those from `first_step` on: a killed run may have logged
-    steps that its last checkpoint does not know. `unwritten` are the rows that
-    are in no file yet; whoever saves a checkpoint puts them in it.
+    steps that its last checkpoint does not know. `unwritten` are the rows that are in no file yet;
+    whoever saves a checkpoint puts them in it.
     """
 
     def __init__(
