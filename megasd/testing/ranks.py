@@ -6,7 +6,6 @@ case makes its own process group of the size it asks for.
 
 import contextlib
 import gc
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from megasd.testing import forked
 
 _EXITING = 0x4  # Linux' flag of a thread that others may have joined already
 
@@ -108,10 +109,10 @@ class Ranks:
         self._workers: list[tuple[Any, Connection]] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        chosen = forked.context()
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs))
+            ours, theirs = chosen.Pipe()
+            process = chosen.Process(target=_serve, args=(rank, theirs))
             process.start()
             theirs.close()
             self._workers.append((process, ours))

@@ -1,18 +1,14 @@
 """A process that runs `megasd train` several times, and asks it to stop at given moments.
 
-    python -m tests.end_to_end.stops '[[ARGUMENTS, MOMENT, TIMES], ...]'
-
-prints the exit code of each. MOMENT: a phase of a step, when it begins for the time TIMES; "build"
-and "export"; "owned": another one runs it; "": none.
+A start is (ARGUMENTS, MOMENT, TIMES); it prints the exit code of each. MOMENT: a phase of a step,
+when it begins for the time TIMES; "build" and "export"; "owned": another one runs it; "": none.
 """
 
 import contextlib
-import json
 import os
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +62,11 @@ def run(arguments: list[str], moment: str, times: int) -> int:
         return main(["train", *arguments])
 
 
-if __name__ == "__main__":
-    interrupt.listen()  # before torch is imported
-    from megasd.policy import backend
-
-    backend.start("cpu")
-    for start in json.loads(sys.argv[1]):
-        print("ended with", run(*start), flush=True)
+def run_several(starts: Sequence[tuple[list[str], str, int]]) -> int:
+    """The last one's exit code."""
+    interrupt.listen()
+    code = 0
+    for start in starts:
+        code = run(*start)
+        print("ended with", code, flush=True)
+    return code

@@ -1,7 +1,6 @@
 """A run that can no longer learn says so and stops, and goes on from where it was."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from megasd.configuration.load import load_config
 from megasd.metrics.records import METRICS_FILE, read_rows
+from megasd.testing.forked import complete
 from tests.end_to_end import workspace
 
 PROMPTS = 4  # of a step
@@ -61,8 +61,8 @@ def test_updates_skipped_in_a_row_stop_a_run_with_a_bundle_and_it_resumes(tmp_pa
     done = workspace.train(whole, *settings)
     assert done.returncode == 0, done.stderr
     exported = folder / "exported"
-    export = workspace.command("export", stuck, "--to", exported)
-    subprocess.run(export, check=True, capture_output=True)
+    done = complete(workspace.start("export", stuck, "--to", exported))
+    assert done.returncode == 0, done.stderr
     name = "model.safetensors"
     assert (exported / name).read_bytes() == (folder / "whole" / "hf" / name).read_bytes()
 

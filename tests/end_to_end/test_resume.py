@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from megasd.metrics.records import METRICS_FILE, read_rows
 from megasd.process import interrupt
+from megasd.testing.forked import Forked, complete
 from tests.decoys import install_decoys
 from tests.end_to_end import workspace
 
@@ -29,14 +29,9 @@ class Torture:
         self.errors = ""
         self.process = self.start(config)
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            workspace.command("train", *arguments),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, *arguments: str | Path) -> Forked:
+        (process,) = workspace.start("train", *arguments)
+        return process
 
     def reach(self, rows: int) -> None:
         """Until the run has so many rows, started again as often as it takes."""
@@ -61,7 +56,7 @@ class Torture:
     def bury(self) -> None:
         """A disk that stays full for too long ends a run with a sentence, SIGKILL without one."""
         _, errors = self.process.communicate()
-        code = self.process.returncode
+        code = self.process.wait()
         self.errors += errors
         codes = (1, interrupt.EXIT_CODE, -signal.SIGKILL)
         if code != -signal.SIGTERM:  # it had not begun to listen
@@ -149,7 +144,7 @@ def test_a_run_of_four_ranks_resumes_and_exports_what_transformers_loads(
     folder = workspace.make(tmp_path)
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
     whole = workspace.config(folder, "whole", steps=4, every=2)
-    done = workspace.train(whole, *layout, "optimizer.schedule=constant", ranks=4)
+    done = workspace.torchrun(whole, *layout, "optimizer.schedule=constant", ranks=4)
     assert done.returncode == 0, done.stderr
 
     halves = workspace.config(folder, "halves", steps=4, every=2)
@@ -164,12 +159,7 @@ def test_a_run_of_four_ranks_resumes_and_exports_what_transformers_loads(
     tokenizer = AutoTokenizer.from_pretrained(folder / "whole" / "hf")
     assert model.config.vocab_size == len(tokenizer)
     exported = folder / "exported"
-    done = subprocess.run(
-        workspace.command("export", folder / "whole", "--to", exported),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = complete(workspace.start("export", folder / "whole", "--to", exported))
     assert done.returncode == 0, done.stderr
     ours = (folder / "whole" / "hf" / "model.safetensors").read_bytes()
     assert (exported / "model.safetensors").read_bytes() == ours

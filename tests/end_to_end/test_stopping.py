@@ -1,15 +1,14 @@
 """A run is stopped in each of its phases, goes on, and is the run that nobody stopped."""
 
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megasd.metrics.records import METRICS_FILE
+from megasd.testing.forked import Forked, complete
 from tests.end_to_end import workspace
+from tests.end_to_end.stops import run_several
 
 STEPS = 4
 STOPS = [  # the phase, for which time in that process, and how many steps are done by then
@@ -29,15 +28,7 @@ ROOT = Path(__file__).parents[2]
 def start(
     *starts: tuple[list[str], str, int], directory: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tests.end_to_end.stops", json.dumps(starts)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,  # Ctrl-C goes to a whole group
-    )
+    return complete([Forked(run_several, starts, directory=directory)])
 
 
 def exit_codes(done: subprocess.CompletedProcess[str]) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 
 from megasd.loop.watchdog import EXIT_CODE, SUMMARY_FILE
 from megasd.metrics.records import METRICS_FILE, read_rows
+from megasd.testing.forked import Forked
 from tests.end_to_end import workspace
 
 # Ranks that hang from the start; the looks of rank 0 come nearly a tick after those of the others.
@@ -39,29 +40,14 @@ HANG = """
 SETTINGS = ("watchdog.factor=3", "watchdog.minimum_seconds=8", "evaluation.every=0")
 
 
-def start(*arguments: str | Path, ranks: int = 1) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        workspace.command("train", *arguments, *SETTINGS, ranks=ranks),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*arguments: str | Path, ranks: int = 1) -> list[Forked]:
+    return workspace.start("train", *arguments, *SETTINGS, ranks=ranks)
 
 
-def await_rows(process: subprocess.Popen[str], run: Path) -> None:
+def await_rows(process: Forked, run: Path) -> None:
     """Until it has trained a few steps: what they take is usual then."""
     while process.poll() is None and len(read_rows(run / METRICS_FILE)) < 3:
         time.sleep(0.05)
-
-
-def children(pid: int) -> list[int]:
-    threads = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for thread in threads for child in thread.read_text().split()]
-
-
-def rank_of(pid: int) -> str | None:
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((v[5:].decode() for v in variables if v.startswith(b"RANK=")), None)
 
 
 @pytest.mark.slow
@@ -78,7 +64,7 @@ def test_a_sample_whose_verdict_does_not_come_is_named_and_the_run_can_go_on(
         row["metadata"] = {"obstacle": str(obstacle)} if row["answer"] == "8" else {}
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    process = start(path, "reward.timeout_seconds=900")
+    (process,) = start(path, "reward.timeout_seconds=900")
     await_rows(process, run)
     obstacle.touch()
     _, errors = process.communicate(timeout=180)
@@ -105,10 +91,9 @@ def test_a_rank_that_stops_is_named_within_the_limit(tmp_path: Path) -> None:
     folder = workspace.make(tmp_path)
     # A wait for a checkpoint's files, and the first evaluation between steps, would have an hour.
     path, run = workspace.config(folder, "run", steps=1000, every=0), folder / "run"
-    process = start(path, "parallel.tensor=2", ranks=2)
-    await_rows(process, run)
-    ranks = {rank_of(pid): pid for pid in children(process.pid)}
-    os.kill(ranks["1"], signal.SIGSTOP)
+    first, second = start(path, "parallel.tensor=2", ranks=2)
+    await_rows(first, run)
+    os.kill(second.pid, signal.SIGSTOP)
     began = time.monotonic()
     while not (found := list(run.glob(f"hangs/*/{SUMMARY_FILE}"))):
         assert time.monotonic() - began < 60, "nothing was noticed"
@@ -116,8 +101,8 @@ def test_a_rank_that_stops_is_named_within_the_limit(tmp_path: Path) -> None:
     said = found[0].read_text()
     assert ": rank 1 (node " in said
     assert "does not answer" in said
-    os.kill(ranks["1"], signal.SIGKILL)  # torchrun itself would wait for half a minute
-    process.communicate(timeout=60)
+    second.kill()
+    first.wait(60)
 
 
 def hang(run: Path, *how: str, tick: float, ranks: int = 1) -> subprocess.CompletedProcess[str]:

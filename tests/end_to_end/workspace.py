@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megasd.cli import main
 from megasd.metrics.records import METRICS_FILE, read_rows
+from megasd.testing.forked import Forked, complete, start_ranks
 from megasd.testing.tiny import tiny_qwen3
 
 CONFIG = """
@@ -51,6 +53,21 @@ def command(*arguments: str | Path, ranks: int = 1) -> list[str]:
 
 
 def train(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return complete(start("train", *arguments, ranks=ranks))
+
+
+def start(*arguments: str | Path, ranks: int = 1) -> list[Forked]:
+    return start_ranks(run_megasd, *map(str, arguments), ranks=ranks)
+
+
+def run_megasd(*arguments: str) -> int:
+    """What `python -m megasd.cli` does with these arguments, in this process."""
+    sys.argv = ["megasd", *arguments]
+    return main(arguments)
+
+
+def torchrun(*arguments: str | Path, ranks: int) -> subprocess.CompletedProcess[str]:
+    """As a user starts it: by torchrun, each process with its imports before it."""
     return subprocess.run(
         command("train", *arguments, ranks=ranks), capture_output=True, text=True, check=False
     )
