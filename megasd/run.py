@@ -67,6 +67,7 @@ def start_training(config: Config, *, resume: bool) -> bool:
         layers=config.model.layers,
         tensor=config.parallel.tensor,
         deterministic=config.run.deterministic,
+        recipe=config.model.fp8.recipe if config.model.fp8 else None,
     )
     # Megatron may be imported from here on.
     from megasd.loop import ending
@@ -168,6 +169,7 @@ def _assemble(
     """What the loop runs on this rank; `stack` closes what must be closed."""
     from megasd.loop.diagnostics import Diagnostics
     from megasd.loop.health import Health
+    from megasd.loop.meter import Meter
     from megasd.loop.reading import Reader
     from megasd.loop.train import Job
 
@@ -197,6 +199,7 @@ def _assemble(
             seed=config.run.seed,
             memory=checkpoints.memory,
         ),
+        meter=Meter(policy, seed=config.run.seed),
         evaluator=_evaluator(config, data, engines, scorer, spread, folder),
         checkpoints=checkpoints,
         metrics=stack.enter_context(_metrics(config, folder, checkpoints)),
@@ -321,7 +324,9 @@ def _fleet(config: Config, data: _Data, policy: "Policy", folder: Path) -> Fleet
         run_folder=folder,
     )
     gap, vllm = config.rollout.sync.probe_gap, config.rollout.vllm
-    precision = "fp8" if vllm.quantization == "fp8" else config.model.dtype
+    scores_in_fp8 = config.model.fp8 is not None and config.model.fp8.score
+    is_fp8 = vllm.quantization == "fp8" or scores_in_fp8
+    precision = "fp8" if is_fp8 else config.model.dtype
     return Fleet(
         engine,
         seating.get(dist.get_rank()),

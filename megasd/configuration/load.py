@@ -363,7 +363,8 @@ class _Composer:
                 self._fault(source, key, f"unknown key{advice}")
                 continue
             section = schema.section_of(hints[name])
-            if section is not None and isinstance(value, Mapping):
+            says_all = value == {} and schema.is_optional(hints[name])  # by its defaults, not null
+            if section is not None and isinstance(value, Mapping) and not says_all:
                 self._walk(source, value, section, known, f"{key}.")
             elif schema.is_list_of_lists(value, hints[name]):  # OmegaConf lets it pass
                 self._refuse(source, key, value, hints[name])

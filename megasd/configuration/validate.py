@@ -18,6 +18,7 @@ from megasd.metrics.run_folder import holds_a_run
 from megasd.policy.checks import (
     check_cut,
     check_experts,
+    check_fp8,
     check_layers,
     check_layout,
     ranks_per_replica,
@@ -118,6 +119,7 @@ def validate(
             tokens=config.optimizer.max_tokens_per_microbatch,
             longest=longest_view(config, hf_config),
         ),
+        *check_fp8(config.model, config.parallel, hf_config, device=config.run.device),
         *check_cut(config.parallel, hf_config),
         *check_experts(config.parallel, hf_config),
         *check_lengths(config, hf_config),

@@ -68,6 +68,7 @@ class Facts:
     visible_gpus: int = 0  # to torch
     versions: Mapping[str, str | None] = field(default_factory=dict)
     transformer_engine: str | None = None  # why the one that is installed cannot be imported
+    float8: Mapping[str, str | None] = field(default_factory=dict)  # by recipe: why not, None: can
 
     def comparable(self) -> dict[str, str]:
         """What must be the same on all ranks of a job, by what it is called."""
@@ -88,16 +89,24 @@ def gather_facts(rank: int = 0) -> Facts:
     """Of this process's machine; importing Transformer Engine may start a CUDA context."""
     import torch
 
-    from megasd.policy.backend import is_transformer_engine_installed, transformer_engine_fault
+    from megasd.policy.backend import (
+        float8_fault,
+        is_transformer_engine_installed,
+        transformer_engine_fault,
+    )
+    from megasd.policy.float8 import FORMATS
 
     gpus, visible = read_gpus(), torch.cuda.device_count()
     tries_it = visible > 0 and is_transformer_engine_installed()
+    fault = transformer_engine_fault() if tries_it else None
+    has_it = tries_it and fault is None
     return Facts(
         rank=rank,
         gpus=gpus,
         visible_gpus=visible,
         versions=installed_versions(),
-        transformer_engine=transformer_engine_fault() if tries_it else None,
+        transformer_engine=fault,
+        float8={recipe: float8_fault(recipe) for recipe in FORMATS} if has_it else {},
     )
 
 
@@ -217,9 +226,9 @@ def _faults_of(number: int, gpu: GPU) -> list[Finding]:
 
 
 def check_transformer_engine(facts: Facts) -> list[Finding]:
-    """What a run with `model.layers: auto` would end with."""
+    """What a run with `model.layers: auto` would end with; else, which model.fp8 it could have."""
     if facts.transformer_engine is None:
-        return []
+        return _float8(facts.float8)
     return [
         Finding(
             "wrong",
@@ -227,6 +236,15 @@ def check_transformer_engine(facts: Facts) -> list[Finding]:
             f"({facts.transformer_engine}); mend its installation, or set model.layers=local",
         )
     ]
+
+
+def _float8(faults: Mapping[str, str | None]) -> list[Finding]:
+    """A card that cannot is no fault: nobody has asked for it."""
+    if not faults:
+        return []
+    can = ", ".join(recipe for recipe, fault in faults.items() if fault is None) or "nothing"
+    cannot = "".join(f"; not {recipe}: {fault}" for recipe, fault in faults.items() if fault)
+    return [Finding("ok", f"model.fp8.recipe can be {can}{cannot}")]
 
 
 def check_versions(

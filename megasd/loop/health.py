@@ -11,6 +11,7 @@ PATIENCE = 3  # steps in a row, before it is said
 MOSTLY = 0.5  # share of the rollouts whose verifier failed
 NEARLY_ALL = 0.95  # share of the responses that were cut
 SAME_LOGPROB = 1e-6  # nats
+FP8_GAP = 0.1  # nats, a mean: half of the usual clip range of importance ratios
 
 Values = Mapping[str, float]
 
@@ -78,6 +79,17 @@ SIGNS = (
         cause=lambda _: (
             "rollout.max_response_tokens is too small, or the model never ends a response: look at "
             "the chat template and the end-of-sequence ids of model.path"
+        ),
+    ),
+    Sign(
+        name="fp8_differs",
+        needs="fp8/abs_mean",
+        shows=lambda values: not values["fp8/abs_mean"] <= FP8_GAP,  # nor is it a number
+        what="layers in float8 gave the student other log-probs than in bfloat16",
+        cause=lambda values: (
+            f"by {values['fp8/abs_mean']:.3g} in the mean, more than {FP8_GAP}: keep more layers "
+            "in bfloat16 (model.fp8.first_last_bf16), take model.fp8.recipe: blockwise, or set "
+            "model.fp8 to null"
         ),
     ),
     *(  # of whichever tokens it was measured on

@@ -8,6 +8,7 @@ from megasd.evaluation.evaluator import Evaluator
 from megasd.loop.diagnostics import Diagnostics
 from megasd.loop.experience import Collector
 from megasd.loop.health import Health
+from megasd.loop.meter import Meter
 from megasd.loop.reading import Reader, step_metrics
 from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
@@ -25,6 +26,7 @@ class Job:
     engines: Fleet  # what samples, from the policy's weights
     collector: Collector
     reader: Reader  # student and teacher log-probs
+    meter: Meter  # of float8, where there is any
     evaluator: Evaluator
     checkpoints: Checkpoints
     metrics: Metrics
@@ -73,6 +75,7 @@ def _train(job: Job) -> None:
             interrupt.raise_if_asked_anywhere()  # the last time that the step can be given up
             credit = algorithm.assign_credit(batch, step)
             scored |= job.reader.remember(credit)
+            scored |= job.meter.measure(experience, step)
 
         with phases("update"):
             views, offsets = experience.student_views, experience.offsets

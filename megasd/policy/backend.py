@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from megasd.policy.config import Layers
+from megasd.policy.config import Layers, Recipe
 
 # Megatron waits for collectives of tensor parallelism behind matrix products that it meant to run
 # beside them, unless the GPU has one queue for both.
@@ -30,6 +30,8 @@ DETERMINISTIC = {
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
     "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # Megatron's list
 }
+# Whether blockwise float8 scales are any float32, as vLLM's are; Transformer Engine reads it once.
+BLOCK_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,17 @@ def device_type(device: str) -> str:
 
 
 def start(
-    device: str, *, layers: Layers = "auto", tensor: int = 1, deterministic: bool = False
+    device: str,
+    *,
+    layers: Layers = "auto",
+    tensor: int = 1,
+    deterministic: bool = False,
+    recipe: Recipe | None = None,
 ) -> Backend:
     """Choose `cuda`, `cpu` or `auto` (cuda when a GPU is visible) for this process, once.
 
-    `layers`, `tensor` and `deterministic` are model.layers, parallel.tensor and run.deterministic.
-    Raises ValueError, a sentence, for what cannot be had.
+    `layers`, `tensor`, `deterministic` and `recipe` are model.layers, parallel.tensor,
+    run.deterministic and that of model.fp8. Raises ValueError, a sentence, for what cannot be had.
     """
     global _started
     wanted = device_type(device)
@@ -96,18 +103,23 @@ def start(
             raise ValueError(f"run.device: this process already runs on {_started.device.type}")
         return _started
     if wanted == "cuda":
-        _started = _start_cuda(device, layers, tensor, deterministic)
+        _started = _start_cuda(device, layers, tensor, deterministic, recipe)
     else:
-        _started = _start_cpu(layers)
+        _started = _start_cpu(layers, recipe)
     # Megatron's own business, once per rank: nothing that a user could act on.
-    for message in ("The .grad attribute of a Tensor", ".*tensor` is deprecated", ".*Apex is not"):
+    for message in (
+        *("The .grad attribute of a Tensor", ".*tensor` is deprecated", ".*Apex is not"),
+        "fp8_autocast is deprecated",
+    ):
         warnings.filterwarnings("ignore", message=message)
     return _started
 
 
-def _start_cpu(layers: Layers) -> Backend:
+def _start_cpu(layers: Layers, recipe: Recipe | None) -> Backend:
     from megasd.policy.megatron import cpu
 
+    if recipe is not None:
+        raise ValueError("model.fp8: float8 layers run on GPUs only; set it to null")
     if layers == "transformer_engine":
         raise ValueError(
             "model.layers: transformer_engine runs on GPUs only; set it to auto or local"
@@ -117,7 +129,9 @@ def _start_cpu(layers: Layers) -> Backend:
     return Backend(torch.device("cpu"), "gloo", False)
 
 
-def _start_cuda(device: str, layers: Layers, tensor: int, deterministic: bool) -> Backend:
+def _start_cuda(
+    device: str, layers: Layers, tensor: int, deterministic: bool, recipe: Recipe | None
+) -> Backend:
     set_environment(os.environ, tensor=tensor, deterministic=deterministic)
     if not torch.cuda.is_available():
         raise ValueError(
@@ -134,7 +148,47 @@ def _start_cuda(device: str, layers: Layers, tensor: int, deterministic: bool) -
         torch.use_deterministic_algorithms(True, warn_only=True)
         fills: Any = torch.utils.deterministic
         fills.fill_uninitialized_memory = False
-    return Backend(gpu, "nccl", _takes_transformer_engine(layers), deterministic)
+    if recipe == "blockwise":
+        set_block_scales(os.environ, torch.cuda.get_device_capability(gpu))
+    takes = _takes_transformer_engine(layers)
+    if recipe is not None:
+        _check_float8(recipe, takes_transformer_engine=takes)
+    return Backend(gpu, "nccl", takes, deterministic)
+
+
+def set_block_scales(environment: MutableMapping[str, str], capability: tuple[int, int]) -> None:
+    """Where Transformer Engine can, scales of blocks as engines and FP8 checkpoints have them.
+
+    From compute capability 10 on it takes the hardware's own blocks, whose scales are powers of 2.
+    """
+    wanted = "1" if capability < (10, 0) else "0"
+    if environment.setdefault(BLOCK_SCALES, wanted) != "0" and wanted == "0":
+        raise ValueError(
+            f"model.fp8.recipe: blockwise has scales of powers of 2 on this GPU, and "
+            f"{BLOCK_SCALES} in the environment asks for others; unset it"
+        )
+
+
+def _check_float8(recipe: Recipe, *, takes_transformer_engine: bool) -> None:
+    if not takes_transformer_engine:
+        raise ValueError(
+            "model.fp8: float8 layers are Transformer Engine's, which is not installed or not "
+            "taken (model.layers); install megasd's extra `gpu`, or set model.fp8 to null"
+        )
+    if fault := float8_fault(recipe):
+        raise ValueError(
+            f"model.fp8.recipe: {recipe} cannot run on this GPU ({fault.rstrip('.')}); choose "
+            "another recipe, which `megasd doctor` names, or set model.fp8 to null"
+        )
+
+
+def float8_fault(recipe: Recipe) -> str | None:
+    """Why this GPU or its CUDA cannot compute a recipe, in Transformer Engine's words."""
+    engine = importlib.import_module("transformer_engine.pytorch")
+    is_blockwise = recipe == "blockwise"
+    ask = engine.is_fp8_block_scaling_available if is_blockwise else engine.is_fp8_available
+    can, reason = ask(return_reason=True)
+    return None if can else reason
 
 
 def set_environment(

@@ -6,7 +6,7 @@ Sentences as in megasd/configuration/validate.py.
 from collections.abc import Mapping
 from typing import Any
 
-from megasd.policy.config import ModelConfig, ParallelConfig
+from megasd.policy.config import FP8Config, ModelConfig, ParallelConfig
 from megasd.weights.tables import table_for
 
 SCORES_GIB = 64  # attention scores beyond this fit no GPU beside a model
@@ -88,6 +88,96 @@ def check_layers(
         f"model.layers: Transformer Engine keeps {scores:.0f} GiB of attention scores in float32 "
         f"(optimizer.max_tokens_per_microbatch = {tokens}, sequences of up to {longest}); set "
         "model.dtype to bfloat16, or model.layers to local"
+    ]
+
+
+def check_fp8(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    hf_config: Mapping[str, Any] | None,
+    *,
+    device: str,
+) -> list[str]:
+    """Whether the passes of `model.fp8` can run; what only the card knows, backend.start asks."""
+    from megasd.policy.backend import device_type
+
+    if model.fp8 is None:
+        return []
+    faults = _of_recipe(model.fp8)
+    if device_type(device) == "cpu":
+        faults.append("model.fp8: float8 layers run on GPUs only; set it to null")
+    if model.layers == "local":
+        faults.append(
+            "model.fp8: float8 layers are Transformer Engine's; set model.layers to auto, or "
+            "model.fp8 to null"
+        )
+    if model.dtype != "bfloat16":
+        faults.append(
+            f"model.fp8: what is not float8 is bfloat16, and model.dtype is {model.dtype}; set it "
+            "to bfloat16, or model.fp8 to null"
+        )
+    if hf_config is None:
+        return faults
+    kept, layers = model.fp8.first_last_bf16, hf_config["num_hidden_layers"]
+    if 2 * kept >= layers or kept > layers // max(1, parallel.pipeline):
+        faults.append(
+            f"model.fp8.first_last_bf16: {kept} layers at either end of {layers} leave none in "
+            "float8, or are more than a pipeline stage has; lower it"
+        )
+    return faults + _widths(model.fp8, parallel, hf_config)
+
+
+def _of_recipe(fp8: FP8Config) -> list[str]:
+    faults = [
+        f"model.fp8.{key}: {value} is out of range; set it to 0 or more"
+        for key, value in (
+            ("first_last_bf16", fp8.first_last_bf16),
+            ("meter_every", fp8.meter_every),
+        )
+        if value < 0
+    ]
+    if not (fp8.train or fp8.score):
+        faults.append(
+            "model.fp8.train: nothing is in float8, for model.fp8.score is false too; set one to "
+            "true, or model.fp8 to null"
+        )
+    if fp8.recipe != "delayed":
+        return faults
+    forbidden = {
+        "score": (fp8.score, "false", "would scale by what teachers read, and the update by that"),
+        "meter_every": (fp8.meter_every, "0", "would scale by what the meter reads"),
+        "first_last_bf16": (fp8.first_last_bf16, "0", "cannot leave layers out in Megatron"),
+    }
+    return faults + [
+        f"model.fp8.{key}: delayed scaling {why}; set it to {off}, or model.fp8.recipe to "
+        "blockwise or tensorwise"
+        for key, (is_on, off, why) in forbidden.items()
+        if is_on
+    ]
+
+
+def _widths(fp8: FP8Config, parallel: ParallelConfig, hf_config: Mapping[str, Any]) -> list[str]:
+    """Each side of a rank's matrices is one that GEMMs in float8 add up along."""
+    from megasd.policy.float8 import ALIGNED
+    from megasd.weights.fp8 import BLOCK
+
+    tensor, heads = max(1, parallel.tensor), hf_config["num_attention_heads"]
+    head_dim = hf_config.get("head_dim") or hf_config["hidden_size"] // heads
+    expert = table_for(hf_config).num_experts > 0
+    name = "moe_intermediate_size" if expert else "intermediate_size"
+    ways = parallel.ranks_per_expert if expert else tensor
+    gathers_blocks = fp8.recipe == "blockwise" and parallel.sequence and tensor > 1
+    widths = {
+        "hidden_size": (hf_config["hidden_size"], BLOCK if gathers_blocks else ALIGNED),
+        "queries": (heads * head_dim / tensor, ALIGNED),
+        "keys": (hf_config["num_key_value_heads"] * head_dim / tensor, ALIGNED),
+        name: (hf_config[name] / max(1, ways), ALIGNED),
+    }
+    return [
+        f"model.fp8: of model.path's {what} a rank has {width:g}, which float8 layers need as a "
+        f"multiple of {multiple}; change parallel.tensor, or set model.fp8 to null"
+        for what, (width, multiple) in widths.items()
+        if width % multiple
     ]
 
 

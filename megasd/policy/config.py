@@ -4,6 +4,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 Layers = Literal["auto", "local", "transformer_engine"]
+Recipe = Literal["blockwise", "tensorwise", "delayed"]
+
+
+@dataclass(frozen=True)
+class FP8Config:
+    """`model.fp8:` layers that multiply in float8, on GPUs; weights and all else stay bfloat16."""
+
+    recipe: Recipe = "blockwise"
+    # blockwise: scales of 128 x 128 weights and of 128 activations; tensorwise: of a tensor;
+    # delayed: of a tensor, from the micro-batches before
+    train: bool = True  # the update's forward and backward passes
+    score: bool = True  # the passes before it: student, teachers, reference
+    first_last_bf16: int = 0  # layers at either end that stay bfloat16
+    meter_every: int = (
+        10  # steps between two comparisons with bfloat16, logged as fp8/...; 0: never
+    )
 
 
 @dataclass(frozen=True)
@@ -16,6 +32,7 @@ class ModelConfig:
     recompute: Literal["none", "full"] = "none"  # full: keep one activation per layer
     layers: Layers = "auto"  # transformer_engine: on GPUs; auto: that where it is installed
     head_chunk_tokens: int = 1024  # tokens whose logits exist at the same time
+    fp8: FP8Config | None = None
 
 
 @dataclass(frozen=True)

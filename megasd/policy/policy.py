@@ -1,8 +1,10 @@
 """The policy that the loop sees: score, update, teacher, weights. Rooms behind it do the work."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from megasd.policy.sequences import assign_owners
 from megasd.policy.state import ModelState, PolicyState
 from megasd.policy.teacher import TeacherWeights
 from megasd.policy.update import UpdateResult, update
-from megasd.types import Credit, Reads, ResponseBatch, Scores, View
+from megasd.types import Credit, PerToken, Reads, ResponseBatch, Scores, View
 from megasd.weights.bucket import Bucket
 from megasd.weights.reshard import DEFAULT_BUCKET_BYTES, ReshardPlan, reshard
 
@@ -65,6 +67,7 @@ class Policy:
         limits = {
             "max_tokens_per_microbatch": optimizer.max_tokens_per_microbatch,
             "head_chunk_tokens": model.head_chunk_tokens,
+            "fp8": model.fp8,
         }
         self.state = PolicyState(
             layout=self.layout,
@@ -88,7 +91,7 @@ class Policy:
         self.skipped_steps = 0  # optimizer steps whose loss or gradient was not finite
 
     def _load_other(
-        self, teacher: TeacherConfig, model: ModelConfig, limits: Mapping[str, int]
+        self, teacher: TeacherConfig, model: ModelConfig, limits: Mapping[str, Any]
     ) -> ModelState:
         """The teacher's own model, cut like the policy."""
         assert teacher.path is not None, "validated"
@@ -147,6 +150,17 @@ class Policy:
         offsets = np.cumsum([0, *(len(view.response_ids) for view in views)])
         scores = score(self.state, views, offsets, temperature=1.0)
         return np.split(scores.logprobs.cpu().numpy(), offsets[1:-1])
+
+    def score_in_both(
+        self, views: Sequence[View | None], offsets: np.ndarray
+    ) -> tuple[PerToken, PerToken]:
+        """The student's log-probs with its layers in float8 and in bfloat16."""
+        assert self.state.fp8 is not None, "the policy has no other precision"
+        both = (replace(self.state.fp8, score=True), None)
+        in_float8, plain = (
+            self._score(replace(self.state, fp8=fp8), views, offsets, None, None) for fp8 in both
+        )
+        return in_float8.logprobs, plain.logprobs
 
     def assign_owners(self, lengths: Sequence[int], minibatch_ids: Sequence[int]) -> np.ndarray:
         """The data-parallel rank of each rollout, for passes that leave values behind."""

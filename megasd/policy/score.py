@@ -48,7 +48,8 @@ def score(
     )
     reading = _Reading(state, reads or Reads(), num_tokens, temperature)
     state.runnable.eval()
-    forward.run(state.runnable, microbatches, reading.read, backward=False, device=state.device)
+    with state.precision(backward=False):
+        forward.run(state.runnable, microbatches, reading.read, backward=False, device=state.device)
     state.runnable.train()
     return reading.scores()
 

@@ -1,5 +1,6 @@
 """What scoring and updating share: a model on this rank and what it takes to run it."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megasd.policy.config import FP8Config
+from megasd.policy.float8 import switched_on, tokens_of_a_multiple
 from megasd.policy.head.head import HeadOutput, sample_ids, vocabulary_head
 from megasd.policy.megatron.build import HeadlessGPT, Layout
 
@@ -21,6 +24,7 @@ class ModelState:
     vocab_size: int
     max_tokens_per_microbatch: int
     head_chunk_tokens: int
+    fp8: FP8Config | None = None
 
     @property
     def runnable(self) -> torch.nn.Module:
@@ -29,8 +33,17 @@ class ModelState:
 
     @property
     def length_multiple(self) -> int:
-        """Packed lengths are padded to it: sequence parallelism cuts them evenly."""
-        return self.layout.tp_size if self.layout.sequence_parallel else 1
+        """Packed lengths are padded to it: each rank's share is one that its layers can read."""
+        layout = self.layout
+        return tokens_of_a_multiple(
+            self.fp8, tensor=layout.tp_size, sequence=layout.sequence_parallel
+        )
+
+    def precision(self, *, backward: bool) -> AbstractContextManager[None]:
+        """In which a pass runs: in float8 where `model.fp8` says so of its kind."""
+        fp8 = self.fp8
+        is_on = fp8 is not None and (fp8.train if backward else fp8.score)
+        return switched_on(self.gpt, fp8 if is_on else None)
 
     def read_head(
         self,

@@ -217,7 +217,8 @@ def update(
 
     state.ddp.zero_grad_buffer()
     state.optimizer.zero_grad()
-    forward.run(state.ddp, microbatches, finish, backward=True, device=state.device)
+    with state.precision(backward=True):
+        forward.run(state.ddp, microbatches, finish, backward=True, device=state.device)
     dist.all_reduce(values)
     return _finish(state, sums, values, read, lr, keeps_values=batch.old_logprobs is None)
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from megasd.policy.backend import Backend
 from megasd.policy.checks import UNEVEN, gathers_unevenly
 from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megasd.policy.float8 import megatron_options
 from megasd.policy.megatron.fixes import (
     allocate_adam_state,
     ask_for_few_rotary_lengths,
@@ -189,6 +190,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,  # wants apex
         deterministic_mode=backend.deterministic,
         **recompute,
+        **(megatron_options(model.fp8) if model.fp8 else {}),
         **(
             _expert_config(hf_config, table.num_experts, layout, fused) if table.num_experts else {}
         ),
@@ -266,6 +268,7 @@ def build_model(
         post_process=layout.is_last_stage,
         share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings", False)),
     )
+    config.fp8 = None  # from here on, where a pass switches it on
     forget_routing_after_use(gpt)
     if backend.transformer_engine:
         ask_for_few_rotary_lengths(gpt)

@@ -13,6 +13,7 @@ from megasd.configuration.load import (
     load_config,
     to_yaml,
 )
+from megasd.policy.config import FP8Config
 from tests.unit.workspace import write
 
 COMPLETE = "run: {name: x}\nmodel: {path: m}\nalgorithm: {name: rlsd}\n"
@@ -50,6 +51,23 @@ def test_a_preset_is_a_method_with_other_values_which_the_file_may_change() -> N
     assert type(dapo.algorithm).__name__ == "GRPO"
     assert dapo.algorithm_name == "dapo"
     assert (dapo.algorithm.reduction, dapo.algorithm.overlong_buffer) == ("token_mean", 0.5)
+
+
+def test_a_section_that_may_be_null_is_there_as_soon_as_it_is_named() -> None:
+    write("c.yaml", COMPLETE)
+    assert load_config("c.yaml").model.fp8 is None
+    assert load_config("c.yaml", ["model.fp8.recipe=tensorwise"]).model.fp8 == FP8Config(
+        recipe="tensorwise"
+    )
+    write("d.yaml", COMPLETE.replace("{path: m}", "{path: m, fp8: {}}"))
+    config = load_config("d.yaml")
+    assert config.model.fp8 == FP8Config()
+    write("e.yaml", to_yaml(config))
+    assert load_config("e.yaml") == config
+    assert load_config("e.yaml", ["model.fp8=null"]).model.fp8 is None
+    (error,) = errors_of("d.yaml", "model.fp8.recipe=mxfp8")
+    assert "model.fp8.recipe" in error
+    assert "one of blockwise, tensorwise, delayed" in error
 
 
 def test_extends_is_relative_to_the_file_that_says_it_and_may_be_a_chain() -> None:

@@ -35,6 +35,10 @@ def test_the_workspace_is_valid_on_several_layouts() -> None:
     )
 
 
+def test_float8_is_looked_at_with_the_rest() -> None:
+    assert any("model.fp8: float8 layers run on GPUs only" in f for f in faults("model.fp8={}"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "fragments"),
     [

@@ -84,6 +84,12 @@ def test_a_transformer_engine_that_does_not_import_is_a_fault_of_its_node() -> N
     (said,) = wrong(check_transformer_engine(half))
     assert "cannot be imported (OSError: libcudnn.so.9); mend its installation, or set " in said
     assert check_transformer_engine(machine(GOOD)) == []
+    float8 = {"blockwise": "requires CUDA >= 12.9.", "tensorwise": None, "delayed": None}
+    (found,) = check_transformer_engine(dataclasses.replace(machine(GOOD), float8=float8))
+    assert (found.level, found.sentence) == (
+        "ok",
+        "model.fp8.recipe can be tensorwise, delayed; not blockwise: requires CUDA >= 12.9.",
+    )
     both = [machine(GOOD), dataclasses.replace(half, host="bad", rank=1)]
     (said,) = wrong(preflight._about_each_node(both))
     assert said.startswith("node bad: Transformer Engine is installed and cannot be imported")

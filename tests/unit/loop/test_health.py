@@ -16,12 +16,14 @@ WELL = {
     "rollout/truncated": 0.5,
     "teacher/gap_max": 3.0,
     "teacher/has_context": 0.5,
+    "fp8/abs_mean": 0.02,
 }
 ILL = {
     "no_gradient": ({"update/grad_norm": 0.0}, "gave no token a weight"),
     "equal_rewards": ({"reward/equal_groups": 1.0}, "reward/mean is 0.4: the prompts are all too"),
     "verifier_errors": ({"reward/errors": 9.0}, "9 of 16 in this step: mend data.verifier"),
     "responses_cut": ({"rollout/truncated": 0.95}, "rollout.max_response_tokens is too small"),
+    "fp8_differs": ({"fp8/abs_mean": float("nan")}, "by nan in the mean, more than 0.1: keep more"),
     "teacher_agrees": ({"teacher/gap_max": 1e-8}, "look at context.sources"),
 }
 

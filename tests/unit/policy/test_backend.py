@@ -115,3 +115,42 @@ def test_layers_that_want_a_gpu_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(backend, "_started", None)
     with pytest.raises(ValueError, match=r"model\.layers: transformer_engine runs on GPUs only"):
         backend.start("cpu", layers="transformer_engine")
+
+
+FLOAT8 = """
+    def is_fp8_available(return_reason):
+        return True, ""
+    def is_fp8_block_scaling_available(return_reason):
+        return False, "FP8 block scaled GEMM requires CUDA >= 12.9."
+"""
+
+
+def test_a_recipe_is_refused_in_the_words_of_transformer_engine_before_anything_is_built(
+    gpu: pytest.MonkeyPatch, install: Callable[..., None]
+) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(ValueError, match=r"model\.fp8: .* is not installed or not taken"):
+        backend.start("cuda", recipe="tensorwise")
+    install(FLOAT8)
+    with pytest.raises(ValueError, match=r"recipe: blockwise cannot .*\(FP8 block .* 12\.9\); ch"):
+        backend.start("cuda", recipe="blockwise")
+    assert backend.start("cuda", recipe="tensorwise").transformer_engine
+    gpu.setattr(backend, "_started", None)
+    with pytest.raises(ValueError, match=r"model\.fp8: .* not taken \(model\.layers\)"):
+        backend.start("cuda", layers="local", recipe="tensorwise")
+    with pytest.raises(ValueError, match=r"model\.fp8: float8 layers run on GPUs only"):
+        backend.start("cpu", recipe="tensorwise")
+
+
+def test_scales_of_blocks_are_those_of_engines_where_the_card_has_any_but_powers_of_2() -> None:
+    hopper: dict[str, str] = {}
+    backend.set_block_scales(hopper, (9, 0))
+    assert hopper == {backend.BLOCK_SCALES: "1"}
+    chosen = {backend.BLOCK_SCALES: "0"}
+    backend.set_block_scales(chosen, (9, 0))
+    assert chosen == {backend.BLOCK_SCALES: "0"}
+    blackwell: dict[str, str] = {}
+    backend.set_block_scales(blackwell, (10, 0))
+    assert blackwell == {backend.BLOCK_SCALES: "0"}
+    with pytest.raises(ValueError, match=r"model\.fp8\.recipe: blockwise .* unset it"):
+        backend.set_block_scales({backend.BLOCK_SCALES: "1"}, (10, 0))
