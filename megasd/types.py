@@ -102,24 +102,28 @@ class Support:
 
     Log-probs are normalised over the FULL vocabulary. These values never travel: of the whole
     batch a rank holds the n tokens that it reads itself, and `index` [N] names each token's row.
-    Index -1 is the last row, which stands for every token that has none.
+    Index -1 is the last row, which stands for every token that has none. Of each row a rank may
+    hold some columns (policy/rows.py): then `num_ids` is K.
     """
 
     ids: Int[Tensor, "n K"]
     teacher_logprobs: Float[Tensor, "n K"] | None = None  # None: not known, as of sampled ids
     index: TokenIndex | None = None  # None: row i is token i
+    num_ids: int | None = None  # None: `ids` has them all
 
     def at(self, tokens: TokenIndex) -> "Support":
         rows = tokens if self.index is None else self.index[tokens]
         logprobs = None if self.teacher_logprobs is None else self.teacher_logprobs[rows]
-        return Support(ids=self.ids[rows].long(), teacher_logprobs=logprobs)
+        ids = self.ids[rows].long()
+        return Support(ids=ids, teacher_logprobs=logprobs, num_ids=self.num_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherHidden:
     """The teacher's final hidden states: its full distribution at the price of a top-k.
 
-    Rows as in `Support`; `weight` is this rank's share of the head that made them.
+    Rows as in `Support`, of which a rank may hold some of the H columns; `weight` is this rank's
+    share of the head that made them.
     """
 
     hidden: Float[Tensor, "n H"]

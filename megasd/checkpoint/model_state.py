@@ -18,7 +18,9 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 from megasd.policy.megatron.fixes import unshare_step
+from megasd.policy.megatron.optimizer_shards import cut, pieces_of
 from megasd.policy.policy import Policy
+from megasd.policy.teacher import TeacherWeights
 
 # The one format of the optimizer's state that can be cut anew for another layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -44,8 +46,9 @@ def sharded_state(policy: Policy, *, loading: bool, random_states: bool = True) 
         state["random"] = ShardedObject(
             "random", random_state(), (dist.get_world_size(),), (dist.get_rank(),)
         )
-    if policy.teacher.tensors:
-        state["teacher"] = _teacher(policy)
+    if policy.teacher.kept:
+        of = _whole_teacher if policy.teacher.stay else _average
+        state["teacher"] = of(policy, policy.state.gpt.sharded_state_dict(), loading=loading)
     return state
 
 
@@ -61,22 +64,51 @@ def check_same_run(policy: Policy, common: Mapping[str, Any], where: str) -> Non
         )
 
 
-def _teacher(policy: Policy) -> dict[str, Any]:
+def _whole_teacher(policy: Policy, model: dict[str, Any], *, loading: bool) -> dict[str, Any]:
     """The model's own description of its shards, with the teacher's values in it."""
     shards: dict[str, Any] = {}
-    for name, shard in policy.state.gpt.sharded_state_dict().items():
-        if name not in policy.teacher.tensors:
+    tensors = policy.teacher.tensors
+    for name, shard in model.items():
+        if name not in tensors:
             continue
-        tensor = policy.teacher.tensors[name]
+        tensor = tensors[name]
         if isinstance(shard, ShardedTensor):
             shards[name] = replace(shard, data=tensor, dtype=tensor.dtype)
         else:
             assert isinstance(shard, ShardedTensorFactory), f"{name}: {type(shard)}"
             shards[name] = replace(shard, data=tensor)
-    missing = policy.teacher.tensors.keys() - shards.keys()
+    missing = tensors.keys() - shards.keys()
     assert not missing, f"teacher weights without a shard: {sorted(missing)}"
     add_prefix_for_sharding(shards, "teacher.")
     return shards
+
+
+def _average(policy: Policy, model: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """By parameter, what this rank keeps of the moving average: under the same names as whole
+    ones, so that older checkpoints load."""
+    pieces = pieces_of(model)
+    shards: dict[str, Any] = {}
+    for bucket, kept in zip(policy.teacher.buckets, policy.teacher.kept, strict=True):
+        for name, low, high, at in bucket.own_ranges():
+            values = kept[at : at + high - low]
+            values = torch.empty_like(values, device="cpu") if loading else values
+            shards[name] = [
+                shard
+                for piece, begin in pieces[id(bucket.parameters[name][0])]
+                for shard in cut(piece, begin, values, low, f"teacher.{piece.key}")
+            ]
+    return shards
+
+
+def _restore_teacher(teacher: TeacherWeights, state: Mapping[str, Any]) -> None:
+    for name, tensor in teacher.tensors.items():
+        tensor.copy_(state[name])
+    if teacher.stay:
+        return
+    for bucket, kept in zip(teacher.buckets, teacher.kept, strict=True):
+        for name, low, high, at in bucket.own_ranges():
+            shards = [shard.flatten() for shard in state[name]]
+            kept[at : at + high - low] = torch.cat(shards)
 
 
 @torch.no_grad()
@@ -90,8 +122,8 @@ def restore_state(policy: Policy, state: dict[str, Any]) -> None:
             f"unexpected {incompatible.unexpected_keys}"
         )
     _load_optimizer(policy.state.optimizer, state["optimizer"])
-    for name, tensor in policy.teacher.tensors.items():
-        tensor.copy_(state["teacher"][name])
+    if policy.teacher.kept:
+        _restore_teacher(policy.teacher, state["teacher"])
     policy.version = state["version"]
     policy.skipped_steps = state["skipped_steps"]
     if "random" in state:

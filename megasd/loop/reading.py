@@ -87,16 +87,12 @@ class Reader:
             student = self._read_student(experience, batch, Reads(top_k=needs.support_size))
             batch = replace(batch, support=student.support)
         owners = _as_numpy(batch.owners)
-        scores = {
-            role: self.policy.score_teacher(
-                role,
-                read,
-                experience.offsets,
-                reads=self._teacher_reads(batch, step) if role == "teacher" else None,
-                owners=owners,
-            )
-            for role, read in views.items()
-        }
+        scores = self.policy.score_teachers(
+            views,
+            experience.offsets,
+            reads={"teacher": self._teacher_reads(batch, step)},
+            owners=owners,
+        )
         if "teacher" in scores:
             main = scores["teacher"]
             batch = replace(batch, support=main.support, teacher_hidden=main.hidden)

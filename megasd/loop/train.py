@@ -94,6 +94,7 @@ def _train(job: Job) -> None:
         with phases("checkpoint"):
             job.checkpoints.save_if_due(step, last=step + 1 == job.steps)
         interrupt.raise_if_asked_anywhere()
+        del experience, batch, credit, updates  # of the step's memory nothing is left to the next
 
     if job.evaluates_at_end:
         with phases("sync"):

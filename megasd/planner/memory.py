@@ -43,7 +43,7 @@ class Memory:
     activations: int  # update: what the layers keep of the micro-batches in flight
     head: int  # update: what the last norm and the head save, and their backward passes need
     working: int  # update, once the head's is freed: what a layer's backward pass needs
-    scoring: int  # score: a forward pass, and the student's weights while the teacher's are in
+    scoring: int  # score: a forward pass, and a moving average in the model's dtype
     engine_weights: int
     engine_cache: int
     sync_buckets: int
@@ -186,7 +186,7 @@ def stage_memory(scenario: Scenario, stage: int) -> Memory:
         ),
         "head": head_backward,
         "working": layers_going_backward(cut, recompute=recompute),
-        "scoring": forward_pass(cut) + head + _swapped(scenario, held),
+        "scoring": forward_pass(cut) + head + _in_place(scenario, held),
         **_engine(scenario, stage),
         "context": assumed.context_gib * GIB,
         "nccl": assumed.nccl_gib * GIB if scenario.machine.count > 1 else 0,
@@ -215,14 +215,15 @@ def _in_flight(scenario: Scenario, stage: int) -> int:
 
 
 def _teacher(scenario: Scenario, held: Held, stage: int) -> int:
-    """policy/teacher.py: copies of the parameters; ema in float32; a teacher of its own."""
+    """policy/teacher.py: copies of the parameters; ema in float32, cut over the data-parallel ranks
+    like one of the optimizer's states; a teacher of its own."""
     config, e = scenario.config, scenario.dtype_bytes
     kept = held.parameters * e if "reference" in config.algorithm.needs.teachers else 0
     match config.teacher.weights:
         case "live":
             return kept
         case "ema":
-            return kept + held.parameters * 4
+            return kept + held.optimizer // (3 if e < 4 else 2)
         case "checkpoint":
             other = scenario.teacher_model or scenario.model
             return kept + _held(scenario, other, stage).parameters * e
@@ -230,12 +231,9 @@ def _teacher(scenario: Scenario, held: Held, stage: int) -> int:
             return kept + held.parameters * e
 
 
-def _swapped(scenario: Scenario, held: Held) -> int:
-    """The student's weights, set aside while others are in their place."""
-    config = scenario.config
-    is_swapped = config.teacher.weights not in ("live", "checkpoint")
-    is_swapped = is_swapped or "reference" in config.algorithm.needs.teachers
-    return held.parameters * scenario.dtype_bytes if is_swapped else 0
+def _in_place(scenario: Scenario, held: Held) -> int:
+    """A moving average in the model's dtype, for the pass: kept weights are read where they are."""
+    return held.weights if scenario.config.teacher.weights == "ema" else 0
 
 
 def _batch(scenario: Scenario, is_last: bool) -> float:
@@ -246,8 +244,10 @@ def _batch(scenario: Scenario, is_last: bool) -> float:
     held = tokens * TOKEN_BYTES
     if is_last:
         hidden = model.hidden * scenario.dtype_bytes if needs.teacher_hidden else 0
-        held += tokens / scenario.replicas * (needs.support_size * 8 + hidden)
-        if needs.teacher_hidden:
+        # Of a replica's tokens, cut over its tensor-parallel ranks.
+        own = tokens / scenario.replicas / config.parallel.tensor
+        held += own * (needs.support_size * 8 + hidden)
+        if needs.teacher_hidden and config.teacher.weights in ("live", "ema"):
             held += _head_shard(model, config.parallel) * scenario.dtype_bytes
     return held
 

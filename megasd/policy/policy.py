@@ -13,6 +13,7 @@ from megasd.losses.config import MismatchConfig
 from megasd.policy.backend import Backend
 from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megasd.policy.load import load_model
+from megasd.policy.megatron.buckets import buckets_of
 from megasd.policy.megatron.build import build_optimizer, start_parallel, wrap
 from megasd.policy.schedule import learning_rate
 from megasd.policy.score import score
@@ -78,11 +79,10 @@ class Policy:
             optimizer=built,
             **limits,
         )
-        self.teacher = TeacherWeights(teacher, self.parameters)
+        self.buckets = buckets_of(ddp)
+        self.teacher = TeacherWeights(teacher, self.buckets)
         # Read anew from `model.path` in every start of a run: no checkpoint holds it.
-        self._reference = (
-            TeacherWeights(REFERENCE, self.parameters) if "reference" in roles else None
-        )
+        self._reference = TeacherWeights(REFERENCE, self.buckets) if "reference" in roles else None
         self._other_model = (
             self._load_other(teacher, model, limits) if teacher.weights == "checkpoint" else None
         )
@@ -113,7 +113,9 @@ class Policy:
         owners: np.ndarray | None = None,
     ) -> Scores:
         """Log-probs and entropy of the student; tokens of a None view are 0."""
-        return self._score(self.state, views, offsets, reads, owners)
+        return score(
+            self.state, views, offsets, temperature=self.temperature, reads=reads, owners=owners
+        )
 
     def score_teacher(
         self,
@@ -125,24 +127,42 @@ class Policy:
         owners: np.ndarray | None = None,
     ) -> Scores:
         """The same under the weights of a teacher's role."""
-        if self._other_model is not None and role != "reference":
-            return self._score(self._other_model, views, offsets, reads, owners)
-        weights = self._reference if role == "reference" else self.teacher
-        assert weights is not None, f"the policy was not told of role {role}"
-        with weights.swapped_in():
-            return self._score(self.state, views, offsets, reads, owners)
-
-    def _score(
-        self,
-        state: ModelState,
-        views: Sequence[View | None],
-        offsets: np.ndarray,
-        reads: Reads | None,
-        owners: np.ndarray | None,
-    ) -> Scores:
-        return score(
-            state, views, offsets, temperature=self.temperature, reads=reads, owners=owners
+        scores = self.score_teachers(
+            {role: views}, offsets, reads={} if reads is None else {role: reads}, owners=owners
         )
+        return scores[role]
+
+    def score_teachers(
+        self,
+        views: Mapping[str, Sequence[View | None]],
+        offsets: np.ndarray,
+        *,
+        reads: Mapping[str, Reads],
+        owners: np.ndarray | None = None,
+    ) -> dict[str, Scores]:
+        """The same of several roles; those with the same weights are read while these are there."""
+        found: dict[str, Scores] = {}
+        for of_reference in (False, True):
+            roles = [role for role in views if (role == "reference") == of_reference]
+            if not roles:
+                continue
+            weights = self._reference if of_reference else self.teacher
+            assert weights is not None, "the policy was not told of role reference"
+            state, stay = self.state, weights.stay
+            if self._other_model is not None and not of_reference:
+                state, stay = self._other_model, True
+            with weights.swapped_in():
+                for role in roles:
+                    found[role] = score(
+                        state,
+                        views[role],
+                        offsets,
+                        temperature=self.temperature,
+                        reads=reads.get(role),
+                        owners=owners,
+                        weights_stay=stay,
+                    )
+        return {role: found[role] for role in views}
 
     def score_plainly(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probs [T - 1] at temperature 1 of every token but the first of each [T] sequence."""

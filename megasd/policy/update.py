@@ -22,6 +22,7 @@ from megasd.losses.reduce import reduction_weights
 from megasd.policy import forward
 from megasd.policy.head.divergence import full_divergence
 from megasd.policy.head.head import HeadOutput
+from megasd.policy.rows import whole_rows
 from megasd.policy.sequences import pack
 from megasd.policy.state import PolicyState
 from megasd.process import together
@@ -199,7 +200,7 @@ def update(
     sums: dict[str, Tensor] = {}
 
     def finish(hidden: Tensor, microbatch: forward.Microbatch) -> tuple[Tensor, None]:
-        tokens, part = microbatch.tokens, batch.at(microbatch.tokens)
+        tokens, part = microbatch.tokens, whole_rows(batch.at(microbatch.tokens), state.head_group)
         hidden = forward.rows_read(hidden, microbatch, state.layout)
         ids = None if part.support is None else part.support.ids
         out = state.read_head(hidden, microbatch.targets, temperature, ids=ids)

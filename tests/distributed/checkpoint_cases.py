@@ -153,6 +153,41 @@ def save_as_it_was_with_a_scheduler(
     return rates
 
 
+def save_a_moving_average_whole(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """After three steps, as when every data-parallel rank kept all of it; then the run goes on."""
+    policy, prompts, checkpoints = _a_run(folder, run_folder, settings)
+    _learn(policy, prompts, range(3))
+    from megasd.checkpoint import model_state
+
+    def whole(policy: Any, model: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        tensors = {
+            name: tensor
+            for bucket, kept in zip(policy.teacher.buckets, policy.teacher.kept, strict=True)
+            for name, _, tensor in dataclasses.replace(bucket, data=bucket.data.float()).views(
+                dataclasses.replace(bucket, data=bucket.data.float()).gather(kept)
+            )
+        }
+        shards = {
+            name: dataclasses.replace(
+                shard,
+                data=tensors[name],
+                **({"dtype": torch.float32} if hasattr(shard, "dtype") else {}),
+            )
+            for name, shard in model.items()
+            if name in tensors
+        }
+        model_state.add_prefix_for_sharding(shards, "teacher.")
+        return shards
+
+    checkpoints.memory["seen"] = torch.arange(3.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_state, "_average", whole)
+        checkpoints.save(3)
+    return _everything(policy, _learn(policy, prompts, range(3, 6)))
+
+
 def resume_with_other_settings(
     folder: Path, run_folder: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megasd.losses.config import MismatchConfig
 from megasd.types import Reads, Support, View
 from tests.distributed import policy_cases as cases
 
-TOP_K, SAMPLES = 5, 64
+TOP_K, SAMPLES, VOCABULARY = 5, 64, 121
 
 
 def views_of(seed: int, vocab: int) -> tuple[list[View], list[View | None]]:
@@ -53,16 +54,30 @@ def read_everything(folder: Path, settings: Mapping[str, Any], vocab: int) -> di
     drawn = read("teacher", Reads(samples=SAMPLES, seed=(3, 1))).support
     sampled = read(None, Reads(support=drawn, cross_entropy=True))
     hidden = read("teacher", Reads(hidden=True)).hidden
+    from megasd.policy.rows import whole, whole_support
+
+    group = policy.state.head_group
+
+    def rows(support: Support) -> tuple[np.ndarray, np.ndarray | None]:
+        found = whole_support(support.at(tokens), group)
+        logprobs = found.teacher_logprobs
+        return found.ids.numpy(), None if logprobs is None else logprobs.numpy()
+
+    states = None
+    if hidden is not None:
+        states = whole(hidden.at(tokens).hidden, policy.hf_config["hidden_size"], group).numpy()
+    kept = [chosen.ids, chosen.teacher_logprobs, drawn.ids]
     return {
         "tokens": tokens.numpy(),
-        "teacher top": _rows(chosen, tokens),
-        "student top": _rows(student, tokens),
-        "teacher at student": _rows(at_student_ids, tokens),
-        "samples": drawn.at(tokens).ids.numpy(),
+        "teacher top": rows(chosen),
+        "student top": rows(student),
+        "teacher at student": rows(at_student_ids),
+        "samples": rows(drawn)[0],
         "cross entropy": crossed.cross_entropy.numpy(),
         "cross entropy of samples": sampled.cross_entropy.numpy(),
-        "hidden": hidden.at(tokens).hidden.numpy() if hidden is not None else None,
+        "hidden": states,
         "index": chosen.index.numpy(),
+        "kept": [one.shape for one in (*kept, *([hidden.hidden] if hidden is not None else []))],
     }
 
 
@@ -89,10 +104,20 @@ def what_a_pass_holds(folder: Path) -> dict[str, Any]:
     return {"bytes": 4 * int(offsets[-1]), **found}
 
 
-def _rows(support: Support, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    found = support.at(tokens)
-    assert found.teacher_logprobs is not None
-    return found.ids.numpy(), found.teacher_logprobs.numpy()
+def most_that_a_pass_holds(folder: Path) -> tuple[int, int]:
+    """Bytes of the hidden states that a pass leaves, and how much more it held at its peak than
+    one that leaves nothing, without their head."""
+    from tests.distributed.planner_cases import LiveStorages
+
+    policy = cases.make_policy(folder, {"max_tokens": 48})
+    views = cases.random_views(5, count=150, vocab=121)
+    offsets, peaks, hidden = cases.offsets_of(views), [], None
+    for reads in (Reads(), Reads(), Reads(hidden=True)):
+        with LiveStorages() as storages:
+            hidden = policy.score(views, offsets, reads=reads).hidden
+        peaks.append(storages.peak)
+    assert hidden is not None
+    return hidden.hidden.nbytes, peaks[2] - peaks[1] - hidden.weight.nbytes
 
 
 def teacher_logprobs(
@@ -107,6 +132,35 @@ def teacher_logprobs(
     roles = ("teacher", *settings.get("roles", ()))
     found = {r: policy.score_teacher(r, teacher_views, offsets).logprobs.numpy() for r in roles}
     return {**found, "student": policy.score(views, offsets).logprobs.numpy().copy()}
+
+
+def averages(folder: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+    """The teacher's weights in place after two steps, beside what they should be; and elements
+    kept, beside this rank's share of the buckets."""
+    policy = cases.make_policy(folder, settings)
+    views = cases.random_views(5, count=6, vocab=VOCABULARY)
+    decay = policy.teacher.config.decay
+    expected = {name: p.detach().double() for name, p in policy.parameters.items()}
+    for step in range(2):
+        batch, credit = cases.batch_and_credit(views, seed=step)
+        offsets = cases.offsets_of(views)
+        policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
+        policy.teacher.after_batch(step, updated=True)
+        for name, p in policy.parameters.items():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach().double()
+    student = {name: p.detach().clone() for name, p in policy.parameters.items()}
+    with policy.teacher.swapped_in():
+        found = {name: p.detach().double() for name, p in policy.parameters.items()}
+    assert all(torch.equal(p, student[name]) for name, p in policy.parameters.items())
+    return {
+        "difference": max(float((found[n] - expected[n]).abs().max()) for n in expected),
+        "moved": max(float((found[n] - student[n]).abs().max()) for n in expected),
+        "kept": sum(kept.numel() for kept in policy.teacher.kept),
+        "share": sum(
+            len(bucket.data) // (1 if bucket.group is None else dist.get_world_size(bucket.group))
+            for bucket in policy.buckets
+        ),
+    }
 
 
 def initial_logprobs(folder: Path, vocab: int) -> np.ndarray:

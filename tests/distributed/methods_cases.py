@@ -134,7 +134,7 @@ def _start_anew(policy: Any, initial: Mapping[str, torch.Tensor], teacher: Any) 
         for values in part.optimizer.state.values():
             for value in values.values():
                 value.zero_()
-    policy.teacher = TeacherWeights(TeacherConfig(**teacher), policy.parameters)
+    policy.teacher = TeacherWeights(TeacherConfig(**teacher), policy.buckets)
 
 
 def _train(policy: Any, algorithm: Any, context: PrefixContext) -> list[tuple[float, float]]:

@@ -145,6 +145,21 @@ def test_a_run_goes_on_in_another_layout_as_if_it_had_not_been_stopped(
             np.testing.assert_allclose(other["weights"][name], weight, atol=1e-5, err_msg=name)
 
 
+def test_a_moving_average_that_was_saved_whole_goes_on_cut_over_the_ranks(
+    experts: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """As every checkpoint of before has it."""
+    settings = {"teacher": TEACHERS["ema"]}
+    (whole,) = ranks.run(
+        cases.save_a_moving_average_whole, experts, tmp_path, settings, world_size=1
+    )
+    for other, _ in ranks.run(
+        cases.resume, experts, tmp_path, settings | {"expert": 2}, world_size=2
+    ):
+        np.testing.assert_allclose(other["seen"][0][3], whole["seen"][0][3], atol=1e-5)
+        assert other["version"] == whole["version"]
+
+
 def test_weights_load_in_another_layout(folder: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Saved at TP2 SP PP2, read by one rank: the odd vocabulary is padded differently."""
     world_size, settings = LAYOUTS["TP2 SP PP2"]

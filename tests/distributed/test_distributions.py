@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from megasd.losses.config import MismatchConfig
 from megasd.testing.ranks import Ranks
-from megasd.testing.tiny import tiny_qwen3
+from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
 from tests.distributed import distribution_cases as cases
 
 VOCAB = 121
+WIDTHS = (cases.TOP_K, cases.TOP_K, cases.SAMPLES, 32)  # ids, log-probs, samples, hidden states
 LAYOUTS = {
     "1 rank": (1, {}),
     "TP2 DP2": (4, {"tensor": 2}),
@@ -28,6 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen3(
         tmp_path_factory.mktemp("model"), vocab=VOCAB, norm_spread=0.2, init_scale=0.15
     )
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen3_moe(tmp_path_factory.mktemp("experts"), vocab=VOCAB, norm_spread=0.2)
 
 
 @cache
@@ -51,6 +57,15 @@ def dense(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return read(student_views), read(teacher_views)
 
 
+@cache
+def head(folder: Path) -> np.ndarray:
+    return (
+        AutoModelForCausalLM.from_pretrained(folder)
+        .get_output_embeddings()
+        .weight.numpy(force=True)
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_supports_cross_entropies_and_samples_are_those_of_the_dense_distributions(
     layout: str, folder: Path, ranks: Ranks
@@ -68,6 +83,10 @@ def test_supports_cross_entropies_and_samples_are_those_of_the_dense_distributio
         read = tokens[has_view[tokens]]
         is_read = has_view[tokens]
         assert (found["index"][tokens[~is_read]] == -1).all(), where
+        ways = settings.get("tensor", 1)
+        for (rows, columns), width in zip(found["kept"], WIDTHS, strict=False):
+            assert columns == -(-width // ways), f"{where}: each rank keeps its share"
+            assert rows == len(read) + 1, f"{where}: and of the tokens that it reads"
         if settings.get("tensor", 1) == 1 or rank % 2 == 0:
             seen += read.tolist()
         for name, of, at in (
@@ -82,6 +101,9 @@ def test_supports_cross_entropies_and_samples_are_those_of_the_dense_distributio
             np.testing.assert_array_equal(ids[keep], best, err_msg=f"{where} {name}")
             expected = np.take_along_axis(at[rows], best, axis=1)
             np.testing.assert_allclose(logprobs[keep], expected, atol=1e-4, err_msg=where)
+        if found["hidden"] is not None:
+            logits = torch.from_numpy(found["hidden"][is_read] @ head(folder).T / 0.8)
+            np.testing.assert_allclose(logits.log_softmax(-1), teacher[read], atol=1e-4)
         # H^x over the teacher's top K and one more bucket for the rest, on every rank.
         t = np.take_along_axis(teacher, top, axis=1)[has_view]
         s = np.take_along_axis(student, top, axis=1)[has_view]
@@ -129,6 +151,12 @@ def test_a_pass_holds_what_was_asked_for_and_each_value_by_itself(
     assert found["cross entropy"] == ([size] * 3, False), "ids and log-probs that nobody reads"
 
 
+def test_hidden_states_are_kept_once_while_they_are_read(folder: Path, ranks: Ranks) -> None:
+    """In their place from the first on: not collected, and copied into one tensor at the end."""
+    ((kept, most),) = ranks.run(cases.most_that_a_pass_holds, folder, world_size=1)
+    assert most == pytest.approx(kept, rel=0.1)
+
+
 def test_the_reference_keeps_the_initial_weights_and_live_follows(
     folder: Path, ranks: Ranks
 ) -> None:
@@ -137,6 +165,22 @@ def test_the_reference_keeps_the_initial_weights_and_live_follows(
     for found in ranks.run(cases.teacher_logprobs, folder, settings, VOCAB, world_size=2):
         np.testing.assert_allclose(found["reference"], initial, atol=1e-4)
         assert np.abs(found["teacher"] - initial).max() > 1e-3, "live: it has learnt"
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [({}, 2), ({"expert": 2}, 4), ({"tensor": 2, "sequence": True, "pipeline": 2}, 4)],
+    ids=["DP2", "EP2 DP2", "TP2 SP PP2"],
+)
+def test_a_moving_average_is_cut_over_the_ranks_and_whole_in_place(
+    layout: dict[str, int], world_size: int, experts: Path, ranks: Ranks
+) -> None:
+    """Against the formula, in float64, on every rank's own parameters."""
+    settings = layout | {"teacher": {"weights": "ema", "decay": 0.75}}
+    for found in ranks.run(cases.averages, experts, settings, world_size=world_size):
+        assert found["difference"] < 1e-6
+        assert found["moved"] > 1e-4
+        assert found["kept"] == found["share"]
 
 
 @pytest.mark.parametrize("layout", ["1 rank", "TP2 SP PP2"])

@@ -39,11 +39,7 @@ def _shards(
     metadata: Any = None,
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
     """By number of the parameter on this rank: master weight and moments."""
-    pieces = {
-        id(base.data): _pieces(base)
-        for base in nested_values(model_shards)
-        if isinstance(base, _OfParameter)
-    }
+    pieces = pieces_of(model_shards)
     state: dict[int, dict[str, list[ShardedTensor]]] = {}
     for number, (parameter, start, end) in enumerate(_ranges(part)):
         state[number] = {}
@@ -52,7 +48,7 @@ def _shards(
             state[number][name] = [
                 shard
                 for piece, at in pieces[id(parameter)]
-                for shard in _cut(piece, at, values, start, name)
+                for shard in cut(piece, at, values, start, f"optimizer.state.{name}.{piece.key}")
             ]
     return state
 
@@ -77,19 +73,28 @@ def _ranges(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, in
                     yield parameter, ranges["param"].start, ranges["param"].end
 
 
+def pieces_of(model_shards: dict[str, Any]) -> dict[int, list[tuple[ShardedTensor, int]]]:
+    """By id of the parameter, the tensors of a checkpoint that it consists of, and where in it
+    each begins."""
+    return {
+        id(base.data): _pieces(base)
+        for base in nested_values(model_shards)
+        if isinstance(base, _OfParameter)
+    }
+
+
 def _pieces(base: _OfParameter) -> list[tuple[ShardedTensor, int]]:
-    """The tensors of a checkpoint that a parameter consists of, and where in it each begins."""
     if isinstance(base, ShardedTensor):
         return [(base, 0)]
     begin = base.data.storage_offset()
     return [(piece, piece.data.storage_offset() - begin) for piece in nested_values(base.build())]
 
 
-def _cut(
-    piece: ShardedTensor, at: int, values: torch.Tensor, start: int, name: str
+def cut(
+    piece: ShardedTensor, at: int, values: torch.Tensor, start: int, key: str
 ) -> Iterator[ShardedTensor]:
     """What of `piece`, which begins at element `at` of its parameter, lies in `values`, which
-    begin at element `start`."""
+    begin at element `start`; in a checkpoint under `key`."""
     assert piece.data is not None
     assert piece.data.is_contiguous()
     assert isinstance(piece.replica_id, tuple), "of pipeline, tensor and data parallelism"
@@ -100,7 +105,7 @@ def _cut(
         count, shape = prod(size), (*(1 for _ in range(lead)), *size)
         inside = (*(0 for _ in range(lead)), *offset)
         yield ShardedTensor(
-            key=f"optimizer.state.{name}.{piece.key}",
+            key=key,
             data=values[low - start : low - start + count].view(shape),
             dtype=values.dtype,
             local_shape=shape,

@@ -1,6 +1,6 @@
 """Who reads what, in which order: only passes that can change the update, on the right rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -48,16 +48,19 @@ class FakePolicy:
     ) -> Scores:
         return self._score("student", -1.0, views, int(offsets[-1]), reads, owners)
 
-    def score_teacher(
+    def score_teachers(
         self,
-        role: str,
-        views: Sequence[View | None],
+        views: Mapping[str, Sequence[View | None]],
         offsets: np.ndarray,
         *,
-        reads: Reads | None = None,
+        reads: Mapping[str, Reads],
         owners: np.ndarray | None = None,
-    ) -> Scores:
-        return self._score(role, -1.0 + self.gap, views, int(offsets[-1]), reads, owners)
+    ) -> dict[str, Scores]:
+        value, num_tokens = -1.0 + self.gap, int(offsets[-1])
+        return {
+            role: self._score(role, value, read, num_tokens, reads.get(role), owners)
+            for role, read in views.items()
+        }
 
     def assign_owners(self, lengths: Sequence[int], minibatch_ids: Sequence[int]) -> np.ndarray:
         return np.arange(len(lengths)) % 2

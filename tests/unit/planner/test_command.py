@@ -158,7 +158,14 @@ def test_bytes_follow_the_layout_the_teacher_and_the_recomputation() -> None:
     twice = held(gpus="H200:16")
     assert twice["optimizer"] == pytest.approx(base["optimizer"] / 2, rel=0.01)
     assert held("teacher.weights=live")["teacher"] == 0
-    assert held("teacher.weights=ema")["teacher"] == 2 * base["teacher"]
+    average = held("teacher.weights=ema")
+    assert average["teacher"] == pytest.approx(base["teacher"] * 2 / 4, rel=0.01), "cut over DP4"
+    assert average["scoring"] == base["scoring"] + average["weights"], "whole for the pass"
+    states = [
+        held("algorithm.name=gkd", "teacher.weights=frozen", f"parallel.tensor={ways}")["batch"]
+        for ways in (2, 4)
+    ]
+    assert states[0] == states[1], "of a GPU's share of the tokens, whatever the cut"
     none = held("model.recompute=none")
     assert none["activations"] > 10 * base["activations"]
     assert none["working"] < base["working"]
