@@ -58,7 +58,8 @@ class Bucket:
 
 def buckets_of(ddp: "DistributedDataParallel") -> list[Bucket]:
     """All weights that learn, dense ones and experts."""
-    names = {parameter: name for name, parameter in ddp.module.named_parameters()}
+    model: torch.nn.Module = ddp.module
+    names = {parameter: name for name, parameter in model.named_parameters()}
     found = []
     for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
         group = buffer.data_parallel_group
