@@ -178,7 +178,8 @@ class Policy:
         assert self.state.fp8 is not None, "the policy has no other precision"
         both = (replace(self.state.fp8, score=True), None)
         in_float8, plain = (
-            self._score(replace(self.state, fp8=fp8), views, offsets, None, None) for fp8 in both
+            score(replace(self.state, fp8=fp8), views, offsets, temperature=self.temperature)
+            for fp8 in both
         )
         return in_float8.logprobs, plain.logprobs
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -58,10 +58,10 @@ class Bucket:
 
 def buckets_of(ddp: "DistributedDataParallel") -> list[Bucket]:
     """All weights that learn, dense ones and experts."""
-    model: torch.nn.Module = ddp.module
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    wrapped: Any = ddp  # its `buffers` are no longer torch's
+    names = {parameter: name for name, parameter in wrapped.module.named_parameters()}
     found = []
-    for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             starts = {p: buffer.param_index_map[p][0] - bucket.offset for p in bucket.params_list}
