@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megasd.planner.presets import SIZES
+from megasd.planner.presets import NAMES, full_name
 
 if TYPE_CHECKING:
     from megasd.configuration.load import Config
@@ -23,15 +23,16 @@ def add_plan_command(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="memory and time of a config on GPUs that need not be here",
-        usage="megasd plan CONFIG --gpus TYPE:NUMBER [key=value ...] [--model SIZE] [--json]",
+        usage="megasd plan CONFIG --gpus TYPE:NUMBER [key=value ...] [--model NAME] [--json]\n"
+        "       megasd plan --published",
         description="Says whether the config fits on so many GPUs, what takes most of their "
         "memory, how long a step takes, and which layouts would be quicker. Exit code 1: it does "
         "not fit.",
     )
-    plan.add_argument("items", nargs="+", metavar="CONFIG | key=value")
-    plan.add_argument("--gpus", required=True, metavar="TYPE:NUMBER", help="like H200:64")
+    plan.add_argument("items", nargs="*", metavar="CONFIG | key=value")
+    plan.add_argument("--gpus", default="", metavar="TYPE:NUMBER", help="like H200:64")
     plan.add_argument(
-        "--model", choices=list(SIZES), help="plan for Qwen3 of this size, without a model folder"
+        "--model", choices=NAMES, help="plan for this model (a size: of Qwen3), without its folder"
     )
     plan.add_argument(
         "--assume",
@@ -41,13 +42,22 @@ def add_plan_command(commands: Any) -> None:
         help="replace an assumption that the plan prints, like mean_length=0.3",
     )
     plan.add_argument("--json", action="store_true", help="plain values: bytes and seconds")
+    plan.add_argument(
+        "--published",
+        action="store_true",
+        help="no config: the planner against steps whose time others published",
+    )
     plan.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     """The exit code."""
+    from megasd.planner import published
     from megasd.planner.report import as_text, as_values
 
+    if args.published:
+        print(published.as_text())
+        return 0
     plan = make_plan(args.items, gpus=args.gpus, model=args.model, assume=args.assume)
     print(json.dumps(as_values(plan)) if args.json else as_text(plan))
     return 0 if plan.fits else 1
@@ -77,7 +87,7 @@ def make_plan(
         raise ConfigError([f"{COMMAND_LINE}: no config file; name one"])
     overrides = [item for item in items if item is not path]
     if model is not None:
-        overrides.append(f"model.path=Qwen3-{model}")
+        overrides.append(f"model.path={full_name(model)}")
     machine, assumed = parse_gpus(gpus), read_assumptions(assume)
     config = load_config(path, overrides)
     scenario, notes = scenario_of(config, machine, assumed)
@@ -115,13 +125,13 @@ def read_model(path: str, key: str) -> tuple["Model", list[str]]:
 
     if Path(path).is_dir():
         return Model.of(read_hf_config(path)), []
-    size = preset_of_path(path)
-    if size is None:
+    name = preset_of_path(path)
+    if name is None:
         raise ValueError(
             f"{key}: there is no folder {path}, and it is not named after a preset; give the "
-            f"model's local folder, or --model with one of {', '.join(SIZES)}"
+            f"model's local folder, or --model with one of {', '.join(NAMES)}"
         )
-    return Model.of(preset(size)), [f"{key}: no folder {path} here; planned as Qwen3-{size}"]
+    return Model.of(preset(name)), [f"{key}: no folder {path} here; planned as {full_name(name)}"]
 
 
 def _teacher_model(config: "Config") -> tuple["Model | None", list[str]]:

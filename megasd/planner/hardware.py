@@ -44,27 +44,39 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What a plan takes for granted: all in one place, printed with it, none of it measured."""
+    """What a plan takes for granted: all in one place, printed with it, none measured by megasd.
+
+    docs/plan.md says of each figure of speed where it comes from, and what it gives for the steps
+    that others published.
+    """
 
     # memory
     context_gib: float = 1.5  # CUDA context, kernels, cuBLAS and cuDNN workspaces
     nccl_gib: float = 2.0  # communicators of the trainer and their buffers
     asleep_engine_gib: float = 3.0  # a sleeping vLLM: its own context, graphs, communicators
     fragmentation: float = 0.06  # share of all that is allocated, lost between blocks
-    expert_imbalance: float = 1.25  # tokens of the busiest rank's experts over the mean
+    expert_imbalance: float = 1.5  # tokens of the busiest rank's experts over the mean
     # lengths
     mean_length: float = 0.5  # of prompts and responses, as a share of their maxima
-    # speed, as shares of the published peak
-    train_flops: float = 0.40  # matrix products of the update
+    # speed of the trainer, as shares of the published peak
+    train_flops: float = 0.45  # of the update: matrix products, with what stands between them
     score_flops: float = 0.45  # of the forward passes
     expert_flops: float = 0.6  # of the two above, where the products are those of small experts
-    decode_bandwidth: float = 0.6  # of memory bandwidth while decoding
-    prefill_flops: float = 0.4
+    packing: float = 0.9  # tokens over places in the micro-batches of a pass
     collectives: float = 0.7  # of NVLink and network bandwidth
-    # fixed costs
-    decode_layer_seconds: float = 15e-6  # kernels and all-reduces of one layer, one token
-    hf_layer_seconds: float = 150e-6  # the same, of transformers' generate
-    round_seconds: float = 0.0005  # of a weight sync: a gather, a merge, a broadcast
+    copies: float = 0.6  # of memory bandwidth: sorting, merging, the optimizer
+    # speed of the engines
+    decode_bandwidth: float = 0.6  # of memory bandwidth, for weights and keys and values
+    prefill_flops: float = 0.4
+    decode_step_seconds: float = 2.5e-3  # of one token of all sequences: the engine's own Python
+    decode_sequence_seconds: float = 10e-6  # the same, for each sequence that runs
+    decode_layer_seconds: float = 15e-6  # kernels of one layer; twice as many where it has experts
+    all_reduce_seconds: float = 15e-6  # between the GPUs of an engine, before any byte; two a layer
+    hf_layer_seconds: float = 150e-6  # kernels of a layer, of transformers' generate
+    # speed of a weight sync
+    round_seconds: float = 0.0005  # a gather, a merge, a broadcast
+    tensor_seconds: float = 250e-6  # the engine's Python for one tensor that it loads
+    engine_cycle_seconds: float = 2.0  # a colocated engine falls asleep and wakes up
 
 
 @dataclass(frozen=True, kw_only=True)

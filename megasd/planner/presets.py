@@ -1,9 +1,9 @@
-"""config.json of the published Qwen3 models, for plans where no model folder is at hand."""
+"""config.json of published models, for plans where no model folder is at hand."""
 
 from pathlib import Path
 from typing import Any
 
-SIZES: dict[str, dict[str, Any]] = {  # what the models' config.json say
+SIZES: dict[str, dict[str, Any]] = {  # of Qwen3: what the models' config.json say
     "1.7B": {
         "hidden_size": 2048,
         "num_hidden_layers": 28,
@@ -58,12 +58,30 @@ SIZES: dict[str, dict[str, Any]] = {  # what the models' config.json say
 EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
 
 
-def preset(size: str) -> dict[str, Any]:
-    """What the tables and the planner read of the config.json of Qwen3 `size`."""
-    has_experts = "moe_intermediate_size" in SIZES[size]
+LLAMA = "Llama-3.1-8B"
+NAMES = (*SIZES, LLAMA)  # what `--model` takes; a size is of Qwen3
+
+
+def preset(name: str) -> dict[str, Any]:
+    """What the tables and the planner read of the config.json of this model."""
+    if name == LLAMA:
+        return {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "tie_word_embeddings": False,
+            "vocab_size": 128_256,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+        }
+    has_experts = "moe_intermediate_size" in SIZES[name]
     return {
         "model_type": "qwen3_moe" if has_experts else "qwen3",
-        **SIZES[size],
+        **SIZES[name],
         **(EXPERTS if has_experts else {}),
         "head_dim": 128,
         "vocab_size": 151_936,
@@ -75,5 +93,10 @@ def preset(size: str) -> dict[str, Any]:
 
 def preset_of_path(path: str) -> str | None:
     """The preset that a model folder is named after: models/Qwen3-8B is 8B."""
-    size = Path(path).name.removeprefix("Qwen3-")
-    return size if size in SIZES else None
+    name = Path(path).name.removeprefix("Qwen3-")
+    return name if name in NAMES else None
+
+
+def full_name(name: str) -> str:
+    """What a folder of this preset is called."""
+    return f"Qwen3-{name}" if name in SIZES else name

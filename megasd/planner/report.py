@@ -42,6 +42,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "largest": None if held is None else held.largest,
         "seconds_per_step": {} if time is None else time.phases,
         "seconds_of_update": {} if time is None else _parts(time),
+        "mfu_of_update": None if time is None else time.mfu,
         "layouts": [
             {
                 "overrides": layout.overrides,
@@ -110,7 +111,8 @@ def _phases(held: Memory, time: Duration) -> list[str]:
     ]
     rows.append(("step", _gib(held.peak), f"{time.total:.1f}"))
     parts = ", ".join(f"{name} {value:.1f}" for name, value in _parts(time).items())
-    return [*table([("phase", "GiB", "seconds"), *rows]), f"of the update: {parts} seconds"]
+    said = f"of the update: {parts} seconds; {time.mfu:.0%} of the peak is the model's own products"
+    return [*table([("phase", "GiB", "seconds"), *rows]), said]
 
 
 def _layouts(layouts: Sequence[Layout]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from megasd.planner.hardware import GPUS_PER_NODE
+from megasd.planner.hardware import GPUS_PER_NODE, Assumptions
+from megasd.planner.model import Model
+from megasd.rollout.config import RolloutConfig
 from megasd.weights.layout import Sizes
 from megasd.weights.traffic import Traffic
 
@@ -37,3 +39,17 @@ def sync_seconds(found: Traffic, sizes: Sizes, gpus: int, links: Links) -> float
         + copies / links.memory
         + found.rounds * links.round_seconds
     )
+
+
+def reload_seconds(model: Model, rollout: RolloutConfig, assumed: Assumptions) -> float:
+    """What an engine does for each tensor that one of its workers loads, whatever its size; and
+    of a colocated one, falling asleep and waking up."""
+    if rollout.engine != "vllm":
+        return 0.0
+    of_experts = model.layers * model.experts * 3
+    tensors = len(model.table.hf_shapes()) - of_experts
+    tensors += of_experts / (rollout.vllm.tensor if rollout.vllm.expert_parallel else 1)
+    if rollout.vllm.quantization == "fp8":
+        tensors *= 2  # and its scales
+    cycle = assumed.engine_cycle_seconds if rollout.vllm.placement == "colocated" else 0.0
+    return tensors * assumed.tensor_seconds + cycle
