@@ -146,6 +146,13 @@ class Scenario:
         return min(self.config.optimizer.max_tokens_per_microbatch, mine)
 
     @property
+    def gpus(self) -> int:
+        """The trainer's, and those of engines on nodes of their own."""
+        vllm = self.config.rollout.vllm
+        alone = self.config.rollout.engine == "vllm" and vllm.placement == "server"
+        return self.machine.count + (vllm.engines * vllm.tensor if alone else 0)
+
+    @property
     def has_vllm_here(self) -> bool:
         """vLLM shares the GPUs of the trainer."""
         rollout = self.config.rollout

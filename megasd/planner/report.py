@@ -46,6 +46,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "layouts": [
             {
                 "overrides": layout.overrides,
+                "gpus": layout.gpus,
                 "peak_bytes": layout.memory.peak,
                 "seconds_per_step": layout.duration.phases,
             }
@@ -121,13 +122,15 @@ def _layouts(layouts: Sequence[Layout]) -> list[str]:
     rows = [
         (
             f"{layout.duration.total:.1f}",
+            f"{layout.gpus}",
             _gib(layout.memory.peak),
             " ".join(f"{key}={_value(value)}" for key, value in layout.overrides.items())
             or "(as it is)",
         )
         for layout in layouts
     ]
-    header = ("seconds", "GiB", "layouts that fit, the quickest first (without the sync)")
+    said = "layouts that fit, the least seconds times GPUs first (without the sync)"
+    header = ("seconds", "GPUs", "GiB", said)
     return table([header, *rows], text_last=True)
 
 

@@ -1,11 +1,11 @@
-"""The layouts that a configuration could run in, the quickest that fit first.
+"""The layouts that a configuration could run in: those that fit and cost least first.
 
 What varies: tensor, pipeline and expert parallelism, recomputation, tokens of a micro-batch, GPUs
-of a colocated vLLM engine and its share of their memory. Nothing is suggested that the checks of
-the policy and of the engines refuse.
+of a colocated vLLM engine and its share of their memory, or engines on nodes of their own. Nothing
+is suggested that the checks of the policy and of the engines refuse.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +36,10 @@ class Layout:
     """A way to run, as the overrides that lead there from the configuration."""
 
     overrides: dict[str, Any]
+    config: Config
     memory: Memory
     duration: Duration
+    gpus: int  # those of engines on nodes of their own among them
 
 
 def faults(scenario: Scenario) -> list[str]:
@@ -51,16 +53,7 @@ def faults(scenario: Scenario) -> list[str]:
         *check_cut(config.parallel, hf_config),
         *check_experts(config.parallel, hf_config),
         *check_lengths(config, hf_config),
-        *check_engines(
-            config.rollout,
-            world_size=count,
-            ranks_per_stage=max(1, count // config.parallel.pipeline),
-            is_cuda=True,
-            dtype=config.model.dtype,
-            hf_config=hf_config,
-            max_tokens=longest_rollout(config),
-            needs_vllm=False,  # a plan is not made on the machine that will run it
-        ),
+        *_engine_faults(scenario),
     ]
     if scenario.teacher_model is not None:
         found += [
@@ -70,65 +63,107 @@ def faults(scenario: Scenario) -> list[str]:
     return found
 
 
-def best_layouts(scenario: Scenario, *, most: int = 5) -> list[Layout]:
-    """The quickest `most` that fit, one for each way to cut the policy.
-
-    Where none fits beside the engines: with engines in FP8, else with engines on nodes of their
-    own, one node for each four of the trainer's.
-    """
-    for config in _with_lighter_engines(scenario):
-        if found := _search(scenario, config):
-            return sorted(found, key=_rank)[:most]
-    return []
-
-
-def _with_lighter_engines(scenario: Scenario) -> Iterator[Config]:
-    config = scenario.config
-    yield config
-    vllm = config.rollout.vllm
-    if not scenario.has_vllm_here:
-        return
-    if vllm.quantization == "none":
-        yield _with_vllm(config, replace(vllm, quantization="fp8"))
-    engines = max(1, scenario.machine.nodes // 4)
-    yield _with_vllm(
-        config,
-        replace(
-            vllm,
-            placement="server",
-            engines=engines,
-            tensor=GPUS_PER_NODE,
-            gpu_memory_utilization=0.9,
-        ),
+def _engine_faults(scenario: Scenario) -> list[str]:
+    config, count = scenario.config, scenario.machine.count
+    return check_engines(
+        config.rollout,
+        world_size=count,
+        ranks_per_stage=max(1, count // config.parallel.pipeline),
+        is_cuda=True,
+        dtype=config.model.dtype,
+        hf_config=scenario.model.hf_config,
+        max_tokens=longest_rollout(config),
+        needs_vllm=False,  # a plan is not made on the machine that will run it
     )
+
+
+def best_layouts(scenario: Scenario, *, most: int = 5) -> list[Layout]:
+    """The `most` that fit and take the fewest seconds times GPUs, one for each way to cut the
+    policy: with engines beside it, else those in FP8; and with engines on nodes of their own."""
+    config, vllm = scenario.config, scenario.config.rollout.vllm
+    found = _search(scenario, config)
+    servers: list[Layout] = []
+    if scenario.has_vllm_here:
+        in_fp8 = not found and vllm.quantization == "none"
+        if in_fp8:
+            found = _search(scenario, _with_vllm(config, replace(vllm, quantization="fp8")))
+        servers = sorted(_with_servers(scenario, most), key=_rank(scenario))
+        if in_fp8:  # which samples from other weights: what does not is shown, whatever it costs
+            most -= min(1, len(servers))
+            return sorted(found, key=_rank(scenario))[:most] + servers[:1]
+    return sorted(found + servers, key=_rank(scenario))[:most]
+
+
+def _with_servers(scenario: Scenario, most: int) -> list[Layout]:
+    """The trainer has all GPUs, to which come whole nodes of engines: the quickest trainers, each
+    with the engines that suit it. Its memory does not depend on them."""
+    starts = list(_servers(scenario))
+    if not starts:
+        return []
+    found = []
+    for layout in sorted(_search(scenario, starts[-1]), key=_rank(scenario))[:most]:
+        configs = [replace(layout.config, rollout=start.rollout) for start in starts]
+        tried = [_layout(scenario, config) for config in configs]
+        found.append(min(filter(None, tried), key=_rank(scenario)))
+    return found
+
+
+def _servers(scenario: Scenario) -> Iterator[Config]:
+    config, nodes = scenario.config, scenario.machine.nodes
+    for more in sorted({max(1, nodes * quarters // 4) for quarters in (1, 2, 4)}):
+        for tensor in ENGINE_TENSOR:
+            vllm = replace(
+                config.rollout.vllm,
+                placement="server",
+                engines=more * GPUS_PER_NODE // tensor,
+                tensor=tensor,
+                expert_parallel=bool(scenario.model.experts) and tensor > 1,
+                gpu_memory_utilization=0.9,
+            )
+            server = _with_vllm(config, vllm)
+            if not _engine_faults(replace(scenario, config=server)):
+                yield server
 
 
 def _search(scenario: Scenario, start: Config) -> list[Layout]:
     """`start` is where the search begins, the scenario's configuration what overrides change."""
     best: dict[Any, Layout] = {}
+    rank = _rank(scenario)
     for config in _trainers(replace(scenario, config=start)):
         candidate = replace(scenario, config=config)
         if faults(candidate):
             continue
         for engines in _engines(candidate):
-            tried = replace(scenario, config=engines)
-            held = memory(tried)
-            if not held.fits:
-                continue
-            layout = Layout(
-                overrides=_overrides(scenario.config, engines),
-                memory=held,
-                duration=duration(tried, held, with_sync=False),
-            )
+            layout = _layout(scenario, engines)
             key = engines.parallel
-            if key not in best or _rank(layout) < _rank(best[key]):
+            if layout is not None and (key not in best or rank(layout) < rank(best[key])):
                 best[key] = layout
     return list(best.values())
 
 
-def _rank(layout: Layout) -> tuple[float, int, int]:
-    """Quicker; as quick, then nearer to the configuration; then smaller."""
-    return round(layout.duration.total, 1), len(layout.overrides), layout.memory.peak
+def _layout(scenario: Scenario, config: Config) -> Layout | None:
+    """None where it does not fit."""
+    tried = replace(scenario, config=config)
+    held = memory(tried)
+    if not held.fits:
+        return None
+    return Layout(
+        overrides=_overrides(scenario.config, config),
+        config=config,
+        memory=held,
+        duration=duration(tried, held, with_sync=False),
+        gpus=tried.gpus,
+    )
+
+
+def _rank(scenario: Scenario) -> Callable[[Layout], tuple[float, int, int]]:
+    """Less of all GPUs' time; as little, then nearer to the configuration; then smaller."""
+
+    def rank(layout: Layout) -> tuple[float, int, int]:
+        cost = layout.duration.total * layout.gpus / scenario.machine.count
+        return round(cost, 1), len(layout.overrides), layout.memory.peak
+
+    return rank
 
 
 def _trainers(scenario: Scenario) -> Iterator[Config]:
