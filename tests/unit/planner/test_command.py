@@ -124,7 +124,7 @@ def test_suggestions_run_as_they_are_and_fit(size: str, gpus: str, items: list[s
     plan = make_plan([RLSD, *items], gpus=gpus, model=size)
     assert time.monotonic() - start < 10
     assert plan.layouts
-    order = [round(layout.duration.total, 1) for layout in plan.layouts]
+    order = [round(layout.duration.total, 1) * layout.gpus for layout in plan.layouts]
     assert order == sorted(order)
     layout = plan.layouts[0]
     overrides = [f"{k}={'null' if v is None else v}" for k, v in layout.overrides.items()]
@@ -143,11 +143,34 @@ def test_a_layout_that_is_impossible_is_named_and_others_are_suggested() -> None
     assert "It cannot run as it is" in as_text(plan)
 
 
-def test_where_nothing_fits_beside_the_engines_lighter_ones_are_suggested() -> None:
+def test_where_nothing_fits_beside_the_engines_lighter_ones_are_suggested_and_their_own_nodes() -> (
+    None
+):
     """235B in bfloat16 is 55 GiB on each GPU of a node: too much beside a trainer on 79."""
-    plan = make_plan([RLSD], gpus="H100:256", model="235B-A22B")
-    assert {layout.overrides["rollout.vllm.quantization"] for layout in plan.layouts} == {"fp8"}
+    layouts = make_plan([RLSD], gpus="H100:256", model="235B-A22B").layouts
+    *here, alone = (layout.overrides for layout in layouts)
+    assert {one["rollout.vllm.quantization"] for one in here} == {"fp8"}
+    assert alone["rollout.vllm.placement"] == "server"
+    assert "rollout.vllm.quantization" not in alone
+    more = alone["rollout.vllm.engines"] * alone["rollout.vllm.tensor"]
+    assert layouts[-1].gpus == 256 + more
     assert not make_plan([RLSD], gpus="H100:8", model="235B-A22B").layouts
+
+
+def test_engines_on_nodes_of_their_own_stand_where_all_gpus_together_put_them() -> None:
+    """Beside a trainer of 32B on 16 H100 engines have little room."""
+    layouts = make_plan([RLSD], gpus="H100:16", model="32B").layouts
+    (alone,) = (one for one in layouts if one.config.rollout.vllm.placement == "server")
+    vllm = alone.config.rollout.vllm
+    assert alone.gpus == 16 + vllm.engines * vllm.tensor
+    assert alone.duration.total < layouts[0].duration.total
+
+
+def test_an_engine_is_as_large_as_its_model_needs() -> None:
+    """Not of 8 GPUs for an 8B: they would meet twice in each layer, for every token."""
+    for gpus in ("H100:8", "H200:8", "B200:16", "H200:64"):
+        for layout in make_plan([RLSD], gpus=gpus).layouts:
+            assert layout.config.rollout.vllm.tensor <= 4, gpus
 
 
 def test_bytes_follow_the_layout_the_teacher_and_the_recomputation() -> None:
