@@ -30,19 +30,19 @@ def reduction_weights(
     A path's weights sum to 1, but `constant` ones to mean length / max_response_tokens.
     Each is the float64 quotient rounded once to float32.
     """
-    paths, index = torch.unique(path, return_inverse=True)
-    lengths = torch.bincount(
-        index * num_rollouts + rollout_ids, minlength=len(paths) * num_rollouts
-    )
-    lengths = lengths.view(len(paths), num_rollouts).double()
-    counted_rollouts = (lengths > 0).sum(dim=1).double()
+    counts = path >= 0
+    num_paths = max(1, int(path.max()) + 1) if len(path) else 1
+    place = path.clamp(min=0) * num_rollouts + rollout_ids  # in tables of [paths, rollouts]
+    lengths = torch.zeros(num_paths * num_rollouts, dtype=torch.int32, device=path.device)
+    lengths = lengths.index_add_(0, place, counts.int()).view(num_paths, num_rollouts).double()
+    counted_rollouts = (lengths > 0).sum(dim=1, keepdim=True)
     match reduction:
         case "token_mean":
-            denominators = lengths.sum(dim=1)[index]
+            denominators = lengths.sum(dim=1, keepdim=True).expand_as(lengths)
         case "sequence_mean":
-            denominators = lengths[index, rollout_ids] * counted_rollouts[index]
+            denominators = lengths * counted_rollouts
         case "constant":
-            denominators = max_response_tokens * counted_rollouts[index]
+            denominators = (max_response_tokens * counted_rollouts).double().expand_as(lengths)
         case _:
             assert_never(reduction)
-    return torch.where(path >= 0, 1.0 / denominators, 0.0).float()
+    return torch.where(counts, (1.0 / denominators).float().flatten()[place], 0.0)

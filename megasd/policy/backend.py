@@ -143,6 +143,8 @@ def _start_cuda(
     # A task that sees its own GPU only has every rank's at index 0.
     gpu = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(gpu)
+    # NVIDIA's containers let torch round float32 operands to TF32: routers, heads, losses.
+    torch.set_float32_matmul_precision("highest")
     if deterministic:
         # What has no such kernel warns and runs; new memory need not be filled for it.
         torch.use_deterministic_algorithms(True, warn_only=True)

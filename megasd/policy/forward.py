@@ -55,7 +55,11 @@ def run(
     `finish(hidden, microbatch)` is called on the last stage. Forward only, it returns anything;
     with `backward` it returns (loss, anything), and the losses are summed, never averaged.
     Returns what it returned, in order, on the last stage; an empty list elsewhere.
+    Between stages of a pipeline all micro-batches have one length (`ModelState.pack`).
     """
+    config: Any = model.config
+    lengths = {len(microbatch.token_ids) for microbatch in microbatches}
+    assert len(lengths) == 1 or config.pipeline_model_parallel_size == 1
 
     def step(batches: Iterator[Microbatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         microbatch = next(batches).to(device)
@@ -73,7 +77,7 @@ def run(
         data_iterator=iter(microbatches),
         model=model,
         num_microbatches=len(microbatches),
-        seq_length=1,  # unused: lengths vary, stages exchange shapes
+        seq_length=max(lengths),  # of what one stage gives the next
         micro_batch_size=1,
         forward_only=not backward,
         collect_non_loss_data=not backward,

@@ -16,7 +16,7 @@ from torch import Tensor
 from megasd.losses.divergence import cross_entropy
 from megasd.policy import forward
 from megasd.policy.rows import KeptRows, whole_support
-from megasd.policy.sequences import Microbatch, pack
+from megasd.policy.sequences import Microbatch
 from megasd.policy.state import ModelState
 from megasd.policy.uniforms import uniforms
 from megasd.types import PerToken, Reads, Scores, Support, TeacherHidden, View
@@ -40,16 +40,7 @@ def score(
     `weights_stay`: their memory keeps them as long as the scores are used.
     """
     num_tokens = int(offsets[-1])
-    microbatches = pack(
-        views,
-        offsets,
-        torch.ones(num_tokens, dtype=torch.bool),
-        max_tokens=state.max_tokens_per_microbatch,
-        rank=state.layout.dp_rank,
-        num_ranks=state.layout.dp_size,
-        multiple=state.length_multiple,
-        owners=owners,
-    )
+    microbatches = state.pack(views, offsets, torch.ones(num_tokens, dtype=torch.bool), owners)
     num_rows = sum(len(one.tokens) for one in microbatches) if state.layout.is_last_stage else 0
     reading = _Reading(state, reads or Reads(), num_tokens, num_rows, temperature)
     state.runnable.eval()

@@ -19,19 +19,24 @@ from megasd.types import View
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """Whole sequences laid end to end (T tokens); n of the T + 1 next tokens are read."""
+    """Whole sequences laid end to end (T tokens); n of the T + 1 next tokens are read.
+
+    Padding is sequences of its own at the end, of which nothing is read.
+    """
 
     token_ids: Int[Tensor, " T"]
     position_ids: Int[Tensor, " T"]  # from 0 in each sequence
-    sequence_starts: Int[Tensor, " S1"]  # int32, cumulative lengths, padding as the last sequence
+    sequence_starts: Int[Tensor, " S1"]  # int32, cumulative lengths
     longest_sequence: int
     rows: Int[Tensor, " n"]  # the row whose hidden state predicts each target
     targets: Int[Tensor, " n"]
     tokens: Int[Tensor, " n"]  # the place of each target in response space
 
     def to(self, device: torch.device) -> "Microbatch":
+        """On `device`; a GPU is not waited for, which takes copies from pinned memory."""
+        pins = device.type == "cuda"
         tensors = {
-            name: value.to(device, non_blocking=True)
+            name: (value.pin_memory() if pins else value).to(device, non_blocking=True)
             for name in self.__slots__
             if isinstance(value := getattr(self, name), Tensor)
         }
@@ -103,14 +108,16 @@ def pack(
     rank: int,
     num_ranks: int,
     multiple: int = 1,
+    one_length: bool = False,
     owners: np.ndarray | None = None,
 ) -> list[Microbatch]:
     """The micro-batches of data-parallel rank `rank`.
 
     `views[i]` is what is read of rollout i (None: nothing); `offsets` [R + 1] its place in
     response space; `keep` says which response tokens are read off. A view none of whose tokens
-    are kept is not packed. `multiple`: padding of T for sequence parallelism. `owners` [R]: the
-    ranks of `assign_owners`; without them, each pass is balanced by itself.
+    are kept is not packed. `multiple`: every T is one of it, as sequence parallelism wants;
+    `one_length`: all are the longest of them. `owners` [R]: the ranks of `assign_owners`; without
+    them, each pass is balanced by itself.
     """
     kept = keep.cpu().numpy()
     used = [
@@ -124,7 +131,20 @@ def pack(
         cut = [[used[k] for k in part] for part in shares[rank]]
     else:
         cut = _cut_of_owner(lengths, owners, max_tokens=max_tokens, rank=rank, num_ranks=num_ranks)
-    return [_lay_out(part, views, offsets, kept, multiple) for part in cut]
+    sizes = [max(1, sum(lengths[i] for i in part)) for part in cut]
+    if one_length:
+        sizes = [max(sizes)] * len(sizes)
+    filler = _longest_text(views, lengths) if lengths else np.zeros(multiple, dtype=np.int64)
+    return [
+        _lay_out(part, views, offsets, kept, size + -size % multiple, filler)
+        for part, size in zip(cut, sizes, strict=True)
+    ]
+
+
+def _longest_text(views: Sequence[View | None], lengths: Mapping[int, int]) -> np.ndarray:
+    view = views[max(lengths, key=lambda i: lengths[i])]
+    assert view is not None
+    return np.concatenate([view.prompt_ids, view.response_ids])
 
 
 def _cut_of_owner(
@@ -147,8 +167,13 @@ def _lay_out(
     views: Sequence[View | None],
     offsets: np.ndarray,
     kept: np.ndarray,
-    multiple: int,
+    num_tokens: int,
+    filler: np.ndarray,
 ) -> Microbatch:
+    """`members`, then `filler` over and over, up to `num_tokens`.
+
+    The filler is a text of the pass: one token repeated would meet the same experts every time.
+    """
     ids, lengths, rows, tokens = [], [], [], []
     start = 0
     for i in members:
@@ -162,10 +187,10 @@ def _lay_out(
         tokens.append(offsets[i] + read)
         lengths.append(length)
         start += length
-    padding = -start % multiple
-    if padding or not members:  # an empty micro-batch still takes part in every collective
-        lengths.append(max(padding, multiple if not members else 0))
-        ids.append(np.zeros(lengths[-1], dtype=np.int64))
+    if padding := num_tokens - start:
+        whole, rest = divmod(padding, len(filler))
+        lengths += [len(filler)] * whole + [rest] * (rest > 0)
+        ids.append(np.resize(filler, padding))
     token_ids = torch.from_numpy(np.concatenate(ids))
     row_index = torch.from_numpy(np.concatenate([*rows, np.zeros(0, dtype=np.int64)]))
     return Microbatch(

@@ -1,8 +1,10 @@
 """What scoring and updating share: a model on this rank and what it takes to run it."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
@@ -12,6 +14,8 @@ from megasd.policy.config import FP8Config
 from megasd.policy.float8 import switched_on, tokens_of_a_multiple
 from megasd.policy.head.head import HeadOutput, sample_ids, vocabulary_head
 from megasd.policy.megatron.build import HeadlessGPT, Layout
+from megasd.policy.sequences import Microbatch, pack
+from megasd.types import View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,29 @@ class ModelState:
         fp8 = self.fp8
         is_on = fp8 is not None and (fp8.train if backward else fp8.score)
         return switched_on(self.gpt, fp8 if is_on else None)
+
+    def pack(
+        self,
+        views: Sequence[View | None],
+        offsets: np.ndarray,
+        keep: Tensor,
+        owners: np.ndarray | None = None,
+    ) -> list[Microbatch]:
+        """This rank's micro-batches of a pass; arguments as of `sequences.pack`.
+
+        Stages of a pipeline know the length of what they send each other: it is one in each pass.
+        """
+        return pack(
+            views,
+            offsets,
+            keep,
+            max_tokens=self.max_tokens_per_microbatch,
+            rank=self.layout.dp_rank,
+            num_ranks=self.layout.dp_size,
+            multiple=self.length_multiple,
+            one_length=self.layout.pp_size > 1,
+            owners=owners,
+        )
 
     def read_head(
         self,

@@ -23,7 +23,6 @@ from megasd.policy import forward
 from megasd.policy.head.divergence import full_divergence
 from megasd.policy.head.head import HeadOutput
 from megasd.policy.rows import whole_rows
-from megasd.policy.sequences import pack
 from megasd.policy.state import PolicyState
 from megasd.process import together
 from megasd.types import (
@@ -126,7 +125,7 @@ def token_weights(
     The denominators are of the whole mini-batch, over all ranks and micro-batches (law 2). The
     mismatch's weight is in it where the old log-probs are known before the update.
     """
-    inside = batch.minibatch_ids[batch.rollout_ids] == minibatch
+    inside = (batch.minibatch_ids == minibatch)[batch.rollout_ids]
     weights = credit.token_weights
     if batch.old_logprobs is not None and _corrects(batch, mismatch):
         correction, stays = _mismatch(batch, batch.old_logprobs, mismatch)
@@ -183,20 +182,12 @@ def update(
     move the weights by its moments alone.
     """
     weights = token_weights(algorithm, batch, credit, minibatch, mismatch)
-    read = weights != 0
+    read = (weights != 0).cpu()
     if not read.any():
         return UpdateResult(outcome="empty", metrics={"tokens_in_update": 0.0}, bad_gradients={})
-    microbatches = pack(
-        views,
-        offsets,
-        read,
-        max_tokens=state.max_tokens_per_microbatch,
-        rank=state.layout.dp_rank,
-        num_ranks=state.layout.dp_size,
-        multiple=state.length_multiple,
-        owners=None if batch.owners is None else batch.owners.cpu().numpy(),
-    )
-    values = torch.zeros(2, batch.rollout_ids.shape[0], dtype=torch.float32, device=state.device)
+    owners = None if batch.owners is None else batch.owners.cpu().numpy()
+    microbatches = state.pack(views, offsets, read, owners)
+    seen: list[tuple[Tensor, PerToken, PerToken]] = []
     sums: dict[str, Tensor] = {}
 
     def finish(hidden: Tensor, microbatch: forward.Microbatch) -> tuple[Tensor, None]:
@@ -208,8 +199,7 @@ def update(
         result = _token_loss(student, part, credit.at(tokens), algorithm, mismatch)
         total = (result.loss * weights[tokens]).sum()
         if state.layout.speaks:
-            values[0, tokens] = out.logprobs.detach()
-            values[1, tokens] = out.entropy.detach()
+            seen.append((tokens, out.logprobs.detach(), out.entropy.detach()))
             values_to_log = {"loss": total, "entropy": out.entropy, **result.metrics}
             for name, value in values_to_log.items():
                 addend = value.detach().double().sum()
@@ -220,8 +210,11 @@ def update(
     state.optimizer.zero_grad()
     with state.precision(backward=True):
         forward.run(state.ddp, microbatches, finish, backward=True, device=state.device)
-    dist.all_reduce(values)
-    return _finish(state, sums, values, read, lr, keeps_values=batch.old_logprobs is None)
+    result = _finish(state, sums, int(read.sum()), lr)
+    if not (result.skipped or batch.old_logprobs is None):
+        return result  # nobody asks what the tokens' values were
+    logprobs, entropy = _on_every_rank(seen, len(read), state.device)
+    return replace(result, logprobs=logprobs, entropy=entropy, read=read.to(state.device))
 
 
 def _token_loss(
@@ -250,27 +243,29 @@ def _token_loss(
 
 
 def _finish(
-    state: PolicyState,
-    sums: Mapping[str, Tensor],
-    values: Tensor,
-    read: Tensor,
-    lr: float,
-    *,
-    keeps_values: bool,
+    state: PolicyState, sums: Mapping[str, Tensor], num_tokens: int, lr: float
 ) -> UpdateResult:
     """After the backward passes: sums over the ranks, the optimizer's step, what came of both."""
-    num_tokens = int(read.sum())
     metrics = _averages(sums, num_tokens=num_tokens)
     norm, stepped = _step(state, loss=metrics["loss"], lr=lr)
     metrics |= {"grad_norm": norm, "lr": lr, "tokens_in_update": float(num_tokens)}
-    logprobs, entropy = values
-    kept = {"logprobs": logprobs, "entropy": entropy, "read": read}
     return UpdateResult(
         outcome="stepped" if stepped else "skipped",
         metrics=metrics,
         bad_gradients={} if stepped else _bad_gradients(state),
-        **(kept if keeps_values or not stepped else {}),
     )
+
+
+def _on_every_rank(
+    seen: Iterable[tuple[Tensor, PerToken, PerToken]], num_tokens: int, device: torch.device
+) -> tuple[PerToken, PerToken]:
+    """What one rank has `seen` of each token, by its place; called by every rank."""
+    logprobs, entropy = (torch.zeros(num_tokens, device=device) for _ in range(2))
+    for tokens, their_logprobs, their_entropy in seen:
+        logprobs[tokens], entropy[tokens] = their_logprobs, their_entropy
+    dist.all_reduce(logprobs)
+    dist.all_reduce(entropy)
+    return logprobs, entropy
 
 
 def _step(state: PolicyState, *, loss: float, lr: float) -> tuple[float, bool]:
@@ -313,7 +308,8 @@ def _bad_gradients(state: PolicyState) -> dict[str, int]:
 
 def _averages(sums: Mapping[str, Tensor], *, num_tokens: int) -> dict[str, float]:
     """The loss summed, metrics averaged over the tokens read, from the ranks that speak."""
-    everywhere = together.from_every_rank({name: float(value) for name, value in sums.items()})
+    here = torch.stack([*sums.values()]).tolist() if sums else []
+    everywhere = together.from_every_rank(dict(zip(sums, here, strict=True)))
     names = sorted({name for one in everywhere for name in one})
     totals = {name: _sum(one.get(name, 0.0) for one in everywhere) for name in names}
     return {n: t if n == "loss" else t / num_tokens for n, t in totals.items()}

@@ -1,5 +1,6 @@
 """What ranks run for the tests of the policy."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -223,8 +224,21 @@ def faults_with_experts(folder: Path) -> dict[str, bool]:
     """Whether each fault of Megatron's experts that policy/megatron/fixes.py mends is there."""
     import importlib.util
 
-    policy = make_policy(folder, {})
+    from megasd.policy import backend
+
+    backend.start("cpu")
+    from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.moe import moe_utils
+
+    from megasd.policy.megatron import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "gather_parameters_once", lambda _: None)
+        policy = make_policy(folder, {})
+    gathered = [part.model_chunks for part in policy.state.optimizer.chained_optimizers]
+    fuses = dataclasses.replace(policy.state.gpt.config, gradient_accumulation_fusion=True)
+    with pytest.raises(RuntimeError, match="APEX"):
+        ColumnParallelLinear(8, 8, config=fuses, init_method=torch.nn.init.zeros_)
 
     # A second copy of the module: the first may have been mended by an earlier case.
     spec = importlib.util.find_spec(moe_utils.__name__)
@@ -238,6 +252,7 @@ def faults_with_experts(folder: Path) -> dict[str, bool]:
     probabilities = getattr(layer.token_dispatcher, "probs", None)
     return {
         "te_general_gemm is no name": not hasattr(bare, "te_general_gemm"),
+        "both optimizers gather the whole model": gathered == [[policy.state.ddp]] * 2,
         "split sizes stay a tensor": isinstance(splits, torch.Tensor),
         "routing stays with its graph": probabilities is not None and probabilities.requires_grad,
     }
@@ -313,6 +328,71 @@ def steps_and_gradients(folder: Path, settings: Mapping[str, Any]) -> list[dict[
             }
         )
     return steps
+
+
+def steps_and_traffic(
+    folder: Path, settings: Mapping[str, Any], ddp: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Three steps, the second over a single rollout, and what travels in each.
+
+    `ddp`: what Megatron's DDP is told otherwise. The last step's old log-probs are known.
+    """
+    from dataclasses import replace
+
+    from megasd.policy import backend
+
+    backend.start("cpu")
+    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from megasd.policy.megatron import build
+
+    events: list[str] = []
+    fewest: list[int] = []
+
+    def note(owner: Any, name: str, event: str) -> None:
+        real = getattr(owner, name)
+        patch.setattr(owner, name, lambda *a, **k: (events.append(event), real(*a, **k))[1])
+
+    def note_values(values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if values.numel() == num_tokens:
+            events.append("values")
+        return all_reduce(values, *args, **kwargs)
+
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        config, all_reduce = build.DistributedDataParallelConfig, dist.all_reduce
+        patch.setattr(
+            build, "DistributedDataParallelConfig", lambda **given: config(**{**given, **ddp})
+        )
+        policy = make_policy(folder, settings)
+        for name, module in policy.state.gpt.named_modules():
+            if name.endswith("mlp.experts"):
+                module.register_forward_pre_hook(
+                    lambda _, given: fewest.append(int(given[1].min()))
+                )
+        note(param_and_grad_buffer, "dist_reduce_scatter_func", "reduce")
+        note(param_and_grad_buffer, "dist_all_gather_func", "gather")
+        note(policy.state.ddp, "finish_grad_sync", "backward is over")
+        note(P2PCommunicator, "_communicate_shapes", "shapes")
+        patch.setattr(dist, "all_reduce", note_values)
+        for step, share in enumerate((slice(6), slice(1, 2), slice(6))):
+            views = random_views(step, count=6, vocab=100)[share]
+            offsets, num_tokens = offsets_of(views), int(offsets_of(views)[-1])
+            batch, credit = batch_and_credit(views, seed=step)
+            if step == 2:
+                batch = replace(batch, old_logprobs=torch.zeros(num_tokens))
+            events.clear()
+            done = policy.update(views, offsets, batch, credit, PlainLoss(), minibatch=0)
+            assert done.outcome == "stepped"
+            steps.append((list(events), done.logprobs is not None))
+    wrapped = policy.state.ddp
+    return {
+        "weights": weights_of(policy),
+        "steps": steps,
+        "buckets": len(wrapped.bucket_groups) + len(wrapped.expert_parallel_bucket_groups),
+        "fewest tokens of an expert": min(fewest, default=None),
+    }
 
 
 def learn_nothing_in_between(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -264,6 +264,42 @@ def test_a_mini_batch_without_weights_runs_nothing_and_changes_nothing_on_any_ra
         assert shares == pytest.approx([1.0, 0.5]), "it has no place in the schedule"
 
 
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("qwen3 tied", {}), ("qwen3_moe", {"expert": 2}), ("qwen3 untied", {"pipeline": 2})],
+    ids=["DP2", "EP2", "PP2"],
+)
+def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_once(
+    model: str, layout: dict, folders: Mapping[str, Path], ranks: Ranks
+) -> None:
+    """To the bit as without, ranks without a token and experts without one among them.
+
+    But for the last bit of the norm that gradients are clipped by: shards are others.
+    """
+    plain, cut = (
+        ranks.run(
+            cases.steps_and_traffic, folders[model], layout | {"clip": 0.0}, ddp, world_size=2
+        )
+        for ddp in ({"overlap_grad_reduce": False}, {"bucket_size": 3000})
+    )
+    for rank, (one, other) in enumerate(zip(plain, cut, strict=True)):
+        for name, weight in one["weights"].items():
+            np.testing.assert_array_equal(other["weights"][name], weight, err_msg=name)
+        buckets = other["buckets"]
+        assert buckets > 2 or "pipeline" in layout
+        reduces, gathers, over = ["reduce"] * buckets, ["gather"] * buckets, ["backward is over"]
+        first, *later = ([e for e in events if e != "values"] for events, _ in other["steps"])
+        # The first time Megatron counts what becomes ready.
+        waits = rank == 0 or "pipeline" not in layout
+        assert first == ([*over, *reduces] if waits else [*reduces, *over]) + gathers
+        assert later == [[*reduces, *over, *gathers]] * 2, "and stages exchange no shapes"
+        values = [events.count("values") for events, _ in other["steps"]]
+        assert values == [2, 2, 0], "log-probs and entropy, where somebody asks for them"
+        assert [kept for _, kept in other["steps"]] == [True, True, False]
+        if "expert" in layout:
+            assert other["fewest tokens of an expert"] == 0
+
+
 def test_frozen_parameters_are_passed_by_on_stages_that_train_nothing_too(
     folder: Path, ranks: Ranks
 ) -> None:

@@ -30,7 +30,10 @@ from megasd.policy.megatron.fixes import (
     count_tokens_to_send_on_a_cpu,
     define_te_general_gemm,
     forget_routing_after_use,
+    gather_parameters_once,
+    has_apex_accumulation,
     leave_step_out_of_parameter_state,
+    let_weight_gradients_be_accumulated,
 )
 from megasd.policy.megatron.optimizer_shards import save_ranges_as_boxes
 from megasd.policy.megatron.rope import rope_arguments
@@ -176,9 +179,9 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
         sequence_parallel=layout.sequence_parallel,
-        # Micro-batches differ in length; the token dispatcher that allows it is alltoall.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
+        # Told otherwise, stages ask each other for each shape and wait for the device to answer.
+        variable_seq_lengths=False,
+        moe_token_dispatcher_type="alltoall",  # micro-batches of two ranks may differ in length
         # Law 2: a token's weight already holds the global denominator, so gradients are summed.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
@@ -187,7 +190,7 @@ def transformer_config(
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,  # wants apex
+        gradient_accumulation_fusion=fused or (backend.is_cuda and has_apex_accumulation()),
         deterministic_mode=backend.deterministic,
         **recompute,
         **(megatron_options(model.fp8) if model.fp8 else {}),
@@ -252,6 +255,8 @@ def build_model(
 ) -> HeadlessGPT:
     """This rank's stage of the model on its device; the parameters' values are arbitrary."""
     config = transformer_config(hf_config, model, layout, backend)
+    if backend.transformer_engine:
+        let_weight_gradients_be_accumulated()
     if config.num_moe_experts:
         define_te_general_gemm()
         if not backend.is_cuda:
@@ -276,12 +281,19 @@ def build_model(
 
 
 def wrap(gpt: HeadlessGPT) -> DistributedDataParallel:
-    """Gradient buffers in float32, summed over the data-parallel ranks once per optimizer step."""
+    """Gradient buffers in float32, summed over the data-parallel ranks once per optimizer step.
+
+    Bucket by bucket, beside the last backward pass of the step (stages of a pipeline that wait for
+    the first: after it). Every parameter that learns must have a gradient in every backward pass.
+    """
     ddp = DistributedDataParallel(
         gpt.config,
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=True
+        ),
         gpt,
     )
+    gpt.config.no_sync_func, gpt.config.grad_sync_func = ddp.no_sync, ddp.start_grad_sync
     # The token counts that Megatron would divide by are already in the token weights.
     gpt.config.finalize_model_grads_func = lambda model, _num_tokens, **kwargs: (
         finalize_model_grads(model, None, **kwargs)
@@ -313,6 +325,7 @@ def build_optimizer(ddp: DistributedDataParallel, optimizer: OptimizerConfig) ->
         use_gloo_process_groups=False,
     )
     assert isinstance(built, ChainedOptimizer)
+    gather_parameters_once(built)
     allocate_adam_state(built)
     leave_step_out_of_parameter_state(built)
     save_ranges_as_boxes(built)

@@ -1,9 +1,9 @@
 """What megatron-core 0.16 gets wrong for us: one named function per fault, each with a test.
 
-Three concern the distributed optimizer: one whatever Adam it is over, two over torch's AdamW, which
+Four concern the distributed optimizer: two whatever Adam it is over, two over torch's AdamW, which
 Megatron falls back to when neither Transformer Engine nor apex is there; with their FusedAdam these
 two do nothing. Three concern experts: two of them without Transformer Engine or on a CPU, one
-everywhere. One concerns the memory of rotary embeddings.
+everywhere. One concerns the memory of rotary embeddings, one what Transformer Engine may fuse.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -72,6 +73,31 @@ def ask_for_few_rotary_lengths(gpt: GPTModel) -> None:
 def rotary_length(longest: int) -> int:
     """The next power of two, from 1,024 on."""
     return max(1024, 1 << (longest - 1).bit_length())
+
+
+def let_weight_gradients_be_accumulated() -> None:
+    """Let `gradient_accumulation_fusion` be set where Transformer Engine has the layers.
+
+    Its matrix products add to `main_grad` by themselves. Megatron asks for apex's kernel all the
+    same, on behalf of the output layer: it is Megatron's own, and never runs in a HeadlessGPT.
+    """
+    layers._grad_accum_fusion_available = True
+
+
+def has_apex_accumulation() -> bool:
+    """Whether Megatron's own layers can add to `main_grad` by apex's kernel."""
+    return layers._grad_accum_fusion_available
+
+
+def gather_parameters_once(optimizer: ChainedOptimizer) -> None:
+    """Leave it to the last of the chained optimizers to gather the parameters after a step.
+
+    There are two where the model has experts, and each would gather those of the whole model: of
+    dense layers and of experts. The last one gathers when all have stepped.
+    """
+    for part in optimizer.chained_optimizers[:-1]:
+        assert isinstance(part, DistributedOptimizer)
+        part.model_chunks = []
 
 
 def _adams(optimizer: ChainedOptimizer) -> Iterator[torch.optim.Adam]:

@@ -97,7 +97,9 @@ def test_the_environment_is_set_before_cuda_is_initialised(gpu: pytest.MonkeyPat
     gpu.setattr(torch.cuda, "is_available", lambda: bool(seen.update(backend.os.environ)) or True)
     gpu.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
     gpu.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does
     started = backend.start("auto", tensor=2, deterministic=True)
+    assert torch.get_float32_matmul_precision() == "highest"
     assert (started.device, started.collectives) == (torch.device("cuda", 1), "nccl")
     assert (started.transformer_engine, started.deterministic) == (False, True)
     assert seen.keys() >= backend.TENSOR_PARALLEL.keys() | backend.DETERMINISTIC.keys()

@@ -56,17 +56,29 @@ def test_a_sequence_over_the_budget_is_refused_with_the_keys_that_mend_it() -> N
         balance([4, 11], max_tokens=10, num_ranks=1)
 
 
+@pytest.mark.parametrize("one_length", [False, True])
 @pytest.mark.parametrize("multiple", [1, 4])
-def test_each_kept_token_is_read_once_off_the_row_before_it(multiple: int) -> None:
+def test_each_kept_token_is_read_once_off_the_row_before_it(
+    multiple: int, one_length: bool
+) -> None:
     views: list[View | None] = [a_view(int(p), int(r)) for p, r in RANDOM.integers(1, 12, (30, 2))]
     offsets = offsets_of([view for view in views if view is not None])
     views[3] = None  # nothing is read of this rollout
     keep = torch.from_numpy(RANDOM.random(int(offsets[-1])) < 0.7)
     read: dict[int, int] = {}
     for rank in range(2):
-        for batch in pack(
-            views, offsets, keep, max_tokens=40, rank=rank, num_ranks=2, multiple=multiple
-        ):
+        batches = pack(
+            views,
+            offsets,
+            keep,
+            max_tokens=40,
+            rank=rank,
+            num_ranks=2,
+            multiple=multiple,
+            one_length=one_length,
+        )
+        assert (len({len(batch.token_ids) for batch in batches}) == 1) == one_length
+        for batch in batches:
             assert len(batch.token_ids) % multiple == 0
             assert batch.sequence_starts[-1] == len(batch.token_ids)
             starts = batch.sequence_starts.tolist()
@@ -93,6 +105,26 @@ def test_each_kept_token_is_read_once_off_the_row_before_it(multiple: int) -> No
         if keep[token]
     }
     assert read == expected
+
+
+def test_one_length_is_the_longest_and_filled_with_texts_no_longer_than_the_longest_text() -> None:
+    """Attention's cost is that of the longest sequence squared; experts' is of the fullest."""
+    views: list[View | None] = [a_view(*lengths) for lengths in ((9, 8), (3, 4), (2, 1))]
+    offsets = offsets_of([view for view in views if view is not None])
+    read = torch.zeros(int(offsets[-1]), dtype=torch.bool)
+    read[:12] = True  # of the first two
+    owners = np.array([0, 1, 1])
+    cut = {"max_tokens": 64, "num_ranks": 2, "multiple": 8, "one_length": True, "owners": owners}
+    longest = np.concatenate([views[0].prompt_ids, views[0].response_ids]).tolist()
+    (first,) = pack(views, offsets, read, rank=0, **cut)
+    assert first.sequence_starts.tolist() == [0, 17, 24]
+    assert first.token_ids.tolist() == [*longest, *longest[:7]]
+    nothing_of_its_own = dict(cut, owners=np.array([0, 0, 1]), max_tokens=17)
+    empty = pack(views, offsets, read, rank=1, **nothing_of_its_own)
+    assert [len(one.token_ids) for one in empty] == [8, 8], "its own longest, as many as rank 0 has"
+    assert [len(one.tokens) for one in empty] == [0, 0]
+    full = pack(views, offsets, read, rank=0, **nothing_of_its_own)
+    assert [one.sequence_starts.tolist() for one in full] == [[0, 17, 24], [0, 7, 24]]
 
 
 def test_owners_keep_their_rollouts_in_every_pass_and_every_rank_gets_as_many_micro_batches() -> (
