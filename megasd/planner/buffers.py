@@ -4,6 +4,8 @@ policy/megatron/build.py wraps the model in buffers: the dense parameters in one
 in another, parameters in the model's dtype and gradients in float32. A buffer lays its parameters
 in reverse order, each from a multiple of 64 elements on, and is filled up to a multiple of
 lcm(data-parallel ranks, 128); an embedding that is tied across stages has a bucket of its own.
+Left out: on the first stage Megatron fills up every 40 million parameters, for buckets that are
+reduced beside the backward pass, with less than that multiple each.
 Each data-parallel rank keeps the optimizer's state of an equal slice of every bucket: AdamW's two
 moments, and a float32 copy of the parameters where the model is in bfloat16.
 
