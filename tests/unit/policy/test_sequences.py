@@ -1,6 +1,7 @@
 """Packing: nothing lost, nothing doubled, every rank agrees, and the shift is right."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,12 +110,18 @@ def test_each_kept_token_is_read_once_off_the_row_before_it(
 
 def test_one_length_is_the_longest_and_filled_with_texts_no_longer_than_the_longest_text() -> None:
     """Attention's cost is that of the longest sequence squared; experts' is of the fullest."""
-    views: list[View | None] = [a_view(*lengths) for lengths in ((9, 8), (3, 4), (2, 1))]
-    offsets = offsets_of([view for view in views if view is not None])
+    views = [a_view(*lengths) for lengths in ((9, 8), (3, 4), (2, 1))]
+    offsets = offsets_of(views)
     read = torch.zeros(int(offsets[-1]), dtype=torch.bool)
     read[:12] = True  # of the first two
     owners = np.array([0, 1, 1])
-    cut = {"max_tokens": 64, "num_ranks": 2, "multiple": 8, "one_length": True, "owners": owners}
+    cut: dict[str, Any] = {
+        "max_tokens": 64,
+        "num_ranks": 2,
+        "multiple": 8,
+        "one_length": True,
+        "owners": owners,
+    }
     longest = np.concatenate([views[0].prompt_ids, views[0].response_ids]).tolist()
     (first,) = pack(views, offsets, read, rank=0, **cut)
     assert first.sequence_starts.tolist() == [0, 17, 24]
