@@ -1,6 +1,5 @@
 """What ranks run for the tests of the policy."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -220,44 +219,6 @@ def join_a_world_of_its_own_twice() -> tuple[int, bool]:
     return dist.get_world_size(), first is again
 
 
-def faults_with_experts(folder: Path) -> dict[str, bool]:
-    """Whether each fault of Megatron's experts that policy/megatron/fixes.py mends is there."""
-    import importlib.util
-
-    from megasd.policy import backend
-
-    backend.start("cpu")
-    from megatron.core.tensor_parallel import ColumnParallelLinear
-    from megatron.core.transformer.moe import moe_utils
-
-    from megasd.policy.megatron import build
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "gather_parameters_once", lambda _: None)
-        policy = make_policy(folder, {})
-    gathered = [part.model_chunks for part in policy.state.optimizer.chained_optimizers]
-    fuses = dataclasses.replace(policy.state.gpt.config, gradient_accumulation_fusion=True)
-    with pytest.raises(RuntimeError, match="APEX"):
-        ColumnParallelLinear(8, 8, config=fuses, init_method=torch.nn.init.zeros_)
-
-    # A second copy of the module: the first may have been mended by an earlier case.
-    spec = importlib.util.find_spec(moe_utils.__name__)
-    assert spec is not None
-    assert spec.loader is not None
-    bare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bare)
-    splits = bare.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True)
-    layer = policy.state.gpt.decoder.layers[0].mlp
-    layer.forward(torch.randn(3, 1, policy.state.gpt.config.hidden_size))  # without our hook
-    probabilities = getattr(layer.token_dispatcher, "probs", None)
-    return {
-        "te_general_gemm is no name": not hasattr(bare, "te_general_gemm"),
-        "both optimizers gather the whole model": gathered == [[policy.state.ddp]] * 2,
-        "split sizes stay a tensor": isinstance(splits, torch.Tensor),
-        "routing stays with its graph": probabilities is not None and probabilities.requires_grad,
-    }
-
-
 def learning_rates(folder: Path, settings: Mapping[str, Any], steps: int) -> list[float]:
     policy = make_policy(folder, {**settings, "total_steps": steps})
     views = random_views(1, count=2, vocab=100)
@@ -328,71 +289,6 @@ def steps_and_gradients(folder: Path, settings: Mapping[str, Any]) -> list[dict[
             }
         )
     return steps
-
-
-def steps_and_traffic(
-    folder: Path, settings: Mapping[str, Any], ddp: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Three steps, the second over a single rollout, and what travels in each.
-
-    `ddp`: what Megatron's DDP is told otherwise. The last step's old log-probs are known.
-    """
-    from dataclasses import replace
-
-    from megasd.policy import backend
-
-    backend.start("cpu")
-    from megatron.core.distributed import param_and_grad_buffer
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    from megasd.policy.megatron import build
-
-    events: list[str] = []
-    fewest: list[int] = []
-
-    def note(owner: Any, name: str, event: str) -> None:
-        real = getattr(owner, name)
-        patch.setattr(owner, name, lambda *a, **k: (events.append(event), real(*a, **k))[1])
-
-    def note_values(values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if values.numel() == num_tokens:
-            events.append("values")
-        return all_reduce(values, *args, **kwargs)
-
-    steps = []
-    with pytest.MonkeyPatch.context() as patch:
-        config, all_reduce = build.DistributedDataParallelConfig, dist.all_reduce
-        patch.setattr(
-            build, "DistributedDataParallelConfig", lambda **given: config(**{**given, **ddp})
-        )
-        policy = make_policy(folder, settings)
-        for name, module in policy.state.gpt.named_modules():
-            if name.endswith("mlp.experts"):
-                module.register_forward_pre_hook(
-                    lambda _, given: fewest.append(int(given[1].min()))
-                )
-        note(param_and_grad_buffer, "dist_reduce_scatter_func", "reduce")
-        note(param_and_grad_buffer, "dist_all_gather_func", "gather")
-        note(policy.state.ddp, "finish_grad_sync", "backward is over")
-        note(P2PCommunicator, "_communicate_shapes", "shapes")
-        patch.setattr(dist, "all_reduce", note_values)
-        for step, share in enumerate((slice(6), slice(1, 2), slice(6))):
-            views = random_views(step, count=6, vocab=100)[share]
-            offsets, num_tokens = offsets_of(views), int(offsets_of(views)[-1])
-            batch, credit = batch_and_credit(views, seed=step)
-            if step == 2:
-                batch = replace(batch, old_logprobs=torch.zeros(num_tokens))
-            events.clear()
-            done = policy.update(views, offsets, batch, credit, PlainLoss(), minibatch=0)
-            assert done.outcome == "stepped"
-            steps.append((list(events), done.logprobs is not None))
-    wrapped = policy.state.ddp
-    return {
-        "weights": weights_of(policy),
-        "steps": steps,
-        "buckets": len(wrapped.bucket_groups) + len(wrapped.expert_parallel_bucket_groups),
-        "fewest tokens of an expert": min(fewest, default=None),
-    }
 
 
 def learn_nothing_in_between(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

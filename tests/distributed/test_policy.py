@@ -21,6 +21,7 @@ from megasd.policy.config import ParallelConfig
 from megasd.testing.ranks import RankError, Ranks
 from megasd.testing.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 from megasd.weights.hf_folder import read_hf_config
+from tests.distributed import megatron_cases
 from tests.distributed import policy_cases as cases
 
 LAYOUTS = {
@@ -191,7 +192,7 @@ def test_megatrons_faults_with_experts_are_still_there(
     folders: Mapping[str, Path], ranks: Ranks
 ) -> None:
     """Goes red when Megatron mends one: then its function in policy/megatron/fixes.py goes."""
-    (found,) = ranks.run(cases.faults_with_experts, folders["qwen3_moe"], world_size=1)
+    (found,) = ranks.run(megatron_cases.faults_with_experts, folders["qwen3_moe"], world_size=1)
     assert all(found.values()), found
 
 
@@ -278,7 +279,7 @@ def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_
     """
     settings = layout | {"clip": 0.0, "max_tokens": 48}  # several micro-batches
     plain, cut = (
-        ranks.run(cases.steps_and_traffic, folders[model], settings, ddp, world_size=2)
+        ranks.run(megatron_cases.steps_and_traffic, folders[model], settings, ddp, world_size=2)
         for ddp in ({"overlap_grad_reduce": False}, {"bucket_size": 3000})
     )
     for rank, (one, other) in enumerate(zip(plain, cut, strict=True)):
@@ -287,14 +288,13 @@ def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_
         buckets = other["buckets"]
         assert buckets > 2 or "pipeline" in layout
         reduces, gathers, over = ["reduce"] * buckets, ["gather"] * buckets, ["backward is over"]
-        first, *later = ([e for e in events if e != "values"] for events, _ in other["steps"])
+        (first, *later), values, kept = zip(*other["steps"], strict=True)
         # The first time Megatron counts what becomes ready.
         waits = rank == 0 or "pipeline" not in layout
         assert first == ([*over, *reduces] if waits else [*reduces, *over]) + gathers
         assert later == [[*reduces, *over, *gathers]] * 2, "and stages exchange no shapes"
-        values = [events.count("values") for events, _ in other["steps"]]
-        assert values == [2, 2, 0], "log-probs and entropy, where somebody asks for them"
-        assert [kept for _, kept in other["steps"]] == [True, True, False]
+        assert values == (2, 2, 0), "log-probs and entropy, where somebody asks for them"
+        assert kept == (True, True, False)
         if "expert" in layout:
             assert other["fewest tokens of an expert"] == 0
 
