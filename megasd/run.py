@@ -289,7 +289,12 @@ def _build_policy(config: Config, started: backend.Backend) -> "Policy":
         seed=config.run.seed,
         roles=config.algorithm.needs.teachers,
         bucket_bytes=config.rollout.sync.bucket_mib * 2**20,
-        receivers=expert_receivers(config.rollout, is_cuda=started.is_cuda),
+        receivers=expert_receivers(
+            config.rollout,
+            ranks_per_stage=dist.get_world_size() // config.parallel.pipeline,
+            world_size=dist.get_world_size(),
+            is_cuda=started.is_cuda,
+        ),
     )
 
 
@@ -309,6 +314,7 @@ def _fleet(config: Config, data: _Data, policy: "Policy", folder: Path) -> Fleet
     seating = seats(
         config.rollout,
         replica_starts=[dp * layout.tp_size for dp in range(layout.dp_size)],
+        ranks_per_stage=layout.stage_size,
         world_size=world_size,
         is_cuda=policy.backend.is_cuda,
     )

@@ -18,9 +18,10 @@ def export_hf(policy: Policy, source: str | Path, target: Path, *, replace: bool
     `replace`: an existing `target` gives way once the new one is complete. Raises ValueError
     or TryAgainError on every rank when rank 0 cannot write; `target` is then as it was.
     """
-    tensors = named_tensors(policy.weight_buckets(whole=True))
+    writes = dist.get_rank() == 0
+    tensors = named_tensors(policy.weight_buckets(whole=True, takes=writes))
     failure = None
-    if dist.get_rank() == 0:
+    if writes:
         try:
             new = target.with_name(f"{target.name}.new") if replace and target.exists() else target
             if new is not target:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megasd.planner.buffers import sizes_of
 from megasd.planner.decoding import rollout_seconds
-from megasd.planner.memory import Memory, Scenario, engine_weight_bytes
+from megasd.planner.memory import Memory, Scenario
 from megasd.planner.passes import Pass
 from megasd.planner.sync import Links, reload_seconds, sync_seconds
 from megasd.rollout.placement import expert_receivers
@@ -111,7 +111,12 @@ def _sync(scenario: Scenario) -> float:
         scenario.model.table,
         sizes,
         bucket_bytes=config.rollout.sync.bucket_mib * 2**20,
-        receivers=expert_receivers(config.rollout, is_cuda=True),
+        receivers=expert_receivers(
+            config.rollout,
+            ranks_per_stage=machine.count // sizes.pp,
+            world_size=machine.count,
+            is_cuda=True,
+        ),
     )
     links = Links(
         nvlink=machine.gpu.nvlink_bandwidth * assumed.collectives,
@@ -130,6 +135,7 @@ def _sync(scenario: Scenario) -> float:
     )
     vllm = config.rollout.vllm
     if config.rollout.engine == "vllm" and vllm.placement == "server":
-        # One rank feeds each engine, with all of it, over its network card.
-        taken_in += engine_weight_bytes(scenario) * vllm.tensor / links.network
+        # Each rank that feeds it sends what it took in, over its network card.
+        width = 1 if vllm.quantization == "fp8" else scenario.dtype_bytes
+        taken_in += traffic(plan, pp=0, stage_rank=0, element_bytes=width).total / links.network
     return taken_in + reload_seconds(scenario.model, config.rollout, assumed)

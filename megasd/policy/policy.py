@@ -214,11 +214,11 @@ class Policy:
         self.version += result.outcome == "stepped"
         return result
 
-    def weight_buckets(self, *, whole: bool = False) -> Iterator[Bucket]:
-        """Full Hugging Face tensors, collective: what engines read, on every rank.
+    def weight_buckets(self, *, whole: bool = False, takes: bool = True) -> Iterator[Bucket]:
+        """Full Hugging Face tensors, collective: what engines read, on every rank that takes them.
 
         Where engines cut their experts over ranks, each rank gets its share of them only;
         `whole`: every tensor on every rank, as exports need.
         """
         plan = self._whole if whole else self._plan
-        return reshard(plan, self.parameters, self.layout.place)
+        return reshard(plan, self.parameters, self.layout.place, takes=takes)

@@ -29,7 +29,9 @@ class Weights(Protocol):
 
     version: int
 
-    def weight_buckets(self) -> Iterator[Bucket]: ...
+    def weight_buckets(self, *, takes: bool) -> Iterator[Bucket]:
+        """All ranks walk it together; those that take none may get none."""
+        ...
 
     def score_plainly(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """What `RolloutEngine.score` returns, on every rank."""
@@ -168,7 +170,7 @@ class Fleet:
     def _walk(self, takes: bool, check: bool) -> None:
         """All ranks gather the weights together; those that take part load them on the way."""
         assert self._weights is not None
-        buckets, failure = self._buckets(), None
+        buckets, failure = self._buckets(takes), None
         if takes:
             assert self.engine is not None
             self._lost = ""
@@ -182,11 +184,11 @@ class Fleet:
             pass
         _raise_everywhere(failure)
 
-    def _buckets(self) -> Iterator[Bucket]:
+    def _buckets(self, takes: bool) -> Iterator[Bucket]:
         """Asked for when an engine is there to take them, which may take it long to be."""
         assert self._weights is not None
         together.meet()  # for whoever waits in what comes now has a deadline
-        yield from self._weights.weight_buckets()
+        yield from self._weights.weight_buckets(takes=takes)
 
     def _lost_engines(self) -> dict[int, str]:
         """Why, by number of the engine."""

@@ -20,23 +20,53 @@ class Seat:
         return self.rank == 0
 
 
+def feeders(config: RolloutConfig, *, ranks_per_stage: int, world_size: int, is_cuda: bool) -> int:
+    """How many consecutive ranks feed one engine: rank i its worker i, or one rank all workers.
+
+    Beside the trainer each rank feeds the worker on its own GPU. On servers it takes as many where
+    workers share out whole experts and the ranks of a stage can be cut so: each rank then gathers
+    and sends what one worker keeps, over its own network card. Workers without shared experts all
+    take in the whole model, which one rank sends to all of them at the same time.
+    """
+    vllm = config.vllm
+    if config.engine != "vllm":
+        return 1
+    if vllm.placement == "colocated":
+        return vllm.tensor if is_cuda else 1
+    fits = vllm.engines * vllm.tensor <= world_size and ranks_per_stage % vllm.tensor == 0
+    return vllm.tensor if vllm.expert_parallel and fits else 1
+
+
 def seats(
-    config: RolloutConfig, *, replica_starts: list[int], world_size: int, is_cuda: bool
+    config: RolloutConfig,
+    *,
+    replica_starts: list[int],
+    ranks_per_stage: int,
+    world_size: int,
+    is_cuda: bool,
 ) -> dict[int, Seat]:
     """Every rank that takes part in an engine, by rank.
 
     - hf, and vllm beside a trainer on CPUs: one engine per data-parallel replica, on its first
       rank (`replica_starts`);
     - vllm, colocated on GPUs: consecutive ranks share an engine that runs on their GPUs;
-    - vllm on servers: `engines` of them, each spoken to by one rank, spread over the ranks.
+    - vllm on servers: `engines` of them, each fed by consecutive ranks (`feeders`) of one pipeline
+      stage, spread over the ranks.
     """
-    vllm = config.vllm
-    if config.engine == "vllm" and vllm.placement == "server":
-        return {n * world_size // vllm.engines: Seat(n) for n in range(vllm.engines)}
-    if config.engine == "vllm" and is_cuda:
-        size = vllm.tensor
-        return {rank: Seat(rank // size, rank % size, size) for rank in range(world_size)}
-    return {rank: Seat(number) for number, rank in enumerate(replica_starts)}
+    vllm, is_vllm = config.vllm, config.engine == "vllm"
+    size = feeders(config, ranks_per_stage=ranks_per_stage, world_size=world_size, is_cuda=is_cuda)
+    blocks = world_size // size
+    if is_vllm and vllm.placement == "server":
+        starts = [n * blocks // vllm.engines * size for n in range(vllm.engines)]
+    elif is_vllm and is_cuda:
+        starts = [block * size for block in range(blocks)]
+    else:
+        starts = replica_starts
+    return {
+        start + rank: Seat(number, rank, size)
+        for number, start in enumerate(starts)
+        for rank in range(size)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +100,9 @@ def check_gpus(seating: Mapping[int, Seat], gpus: Sequence[Gpu]) -> None:
             )
 
 
-def expert_receivers(config: RolloutConfig, *, is_cuda: bool) -> int:
-    """Over how many consecutive ranks the engines cut their experts, if each feeds its own GPU."""
-    vllm = config.vllm
-    shares = config.engine == "vllm" and vllm.placement == "colocated" and vllm.expert_parallel
-    return vllm.tensor if shares and is_cuda else 1
+def expert_receivers(
+    config: RolloutConfig, *, ranks_per_stage: int, world_size: int, is_cuda: bool
+) -> int:
+    """Over how many consecutive ranks the engines cut their experts, if each feeds one worker."""
+    size = feeders(config, ranks_per_stage=ranks_per_stage, world_size=world_size, is_cuda=is_cuda)
+    return size if config.vllm.expert_parallel else 1

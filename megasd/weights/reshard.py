@@ -5,14 +5,15 @@ one order that is the same on every rank. A round is one bucket of parameters of
 stage: the stage's ranks gather them over tensor parallelism (those of experts: exchange them over
 expert parallelism), merge them, and broadcast the merged bucket to the other stages. While a round
 is merged and read, the shards of the next one are on their way. Extra memory is two buckets: one
-that shards of two rounds arrive in, one for what is merged.
+that shards of two rounds arrive in, one for what is merged. Ranks that take nothing take part only
+in what others need of them: a data-parallel replica that feeds no engine does nothing at all.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -221,13 +222,14 @@ def reshard(
     place: Place,
     *,
     dtype: torch.dtype | None = None,
+    takes: bool = True,
 ) -> Iterator[Bucket]:
-    """Yields every bucket on every rank, in the order of the plan's rounds.
+    """Yields every bucket on every rank that takes them, in the order of the plan's rounds.
 
-    Collective over the groups of `place`: all ranks must walk it to the end. `parameters` are
-    keyed by the rank's own Megatron names (layer 0 is the stage's first). Buckets have `dtype`
-    (None: the parameters' own, which must be one), lie on the parameters' device and are good
-    until the next one is asked for.
+    Collective over the groups of `place`: all ranks must walk it to the end, also those that get
+    no bucket because they do not take any. `parameters` are keyed by the rank's own Megatron names
+    (layer 0 is the stage's first). Buckets have `dtype` (None: the parameters' own, which must be
+    one), lie on the parameters' device and are good until the next one is asked for.
     Raises ValueError for a parameter that is missing, unknown or of the wrong shape.
     """
     local = plan.locate(parameters, place)
@@ -237,15 +239,20 @@ def reshard(
             raise ValueError(f"parameters of several dtypes {dtypes}: pass the one to send")
         (dtype,) = dtypes
     device = next(iter(local.values())).device
+    part = _part(plan, place, takes, device)
+    if not (part.gathers or part.exchanges or part.merges):
+        return
     rounds = plan.rounds(dtype.itemsize)
     largest = max(map(plan.round_elements, rounds))
-    merged = torch.empty(largest, dtype=dtype, device=device)
+    merged = torch.empty(largest if part.merges else 0, dtype=dtype, device=device)
     is_cut = plan.sizes.tp > 1 or plan.sizes.ep * plan.sizes.etp > 1
     room = max(largest, plan.bucket_bytes // dtype.itemsize) if is_cut else 0
     gathered = torch.empty(min(room, 2 * largest), dtype=dtype, device=device)
-    walk = _Walk(plan, place, local, gathered, rounds)
+    walk = _Walk(plan, place, part, local, gathered, rounds)
     for number, one in enumerate(rounds):
         shards = walk.arrived(number)
+        if not part.merges:
+            continue
         entries = walk.received(one)
         shapes = {
             name: tensor.shape
@@ -258,8 +265,32 @@ def reshard(
             merge(entry.row, shards[entry], full)
         if entries and plan.sizes.pp > 1:
             dist.broadcast(bucket.flat, group=place.pp_group, group_src=one.stage)
-        if entries:  # there are rounds whose experts this rank does not want
+        if entries and takes:  # there are rounds whose experts this rank does not want
             yield bucket
+
+
+class _Part(NamedTuple):
+    """What a rank does in a walk, the same on all ranks of the group that does it together."""
+
+    merges: bool  # and broadcasts: it takes the buckets, or a rank of its pp group does
+    gathers: bool  # dense shards: a rank of its tp group merges
+    exchanges: bool  # experts: a rank of its expert group merges
+
+
+def _part(plan: ReshardPlan, place: Place, takes: bool, device: torch.device) -> _Part:
+    sizes = plan.sizes
+
+    def anywhere(flag: bool, group: dist.ProcessGroup | None, size: int) -> bool:
+        if size == 1:
+            return flag
+        found = torch.tensor(int(flag), device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        return bool(found)
+
+    merges = anywhere(takes, place.pp_group, sizes.pp)
+    gathers = anywhere(merges, place.tp_group, sizes.tp)
+    ranks = sizes.ep * sizes.etp if plan.table.num_experts else 1
+    return _Part(merges, gathers, anywhere(merges, place.expert_group, ranks))
 
 
 Shards = dict[Entry, list[Tensor]]
@@ -276,11 +307,13 @@ class _Walk:
         self,
         plan: ReshardPlan,
         place: Place,
+        part: _Part,
         local: Mapping[Entry, Tensor],
         memory: Tensor,
         rounds: Sequence[Round],
     ) -> None:
         self.plan, self.place, self.memory, self.rounds = plan, place, memory, rounds
+        self.part = part
         self.local = {entry: parameter.detach() for entry, parameter in local.items()}
         self.ep_rank = place.expert // plan.sizes.etp
         self._started: dict[int, Callable[[], Shards]] = {}
@@ -295,7 +328,8 @@ class _Walk:
 
     def _start(self, number: int) -> Callable[[], Shards]:
         one = self.rounds[number]
-        if one.stage != self.place.pp:
+        takes_part = self.part.exchanges if one.of_experts else self.part.gathers
+        if one.stage != self.place.pp or not takes_part:
             return dict
         size = self.plan.round_elements(one)
         memory = self.memory[:size] if number % 2 == 0 else self.memory[-size:]

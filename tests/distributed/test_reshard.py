@@ -219,6 +219,70 @@ def test_rounds_hold_each_parameter_once_and_stay_within_their_size_and_a_stage(
         assert len(one.units) == 1 or size <= 6_000  # two of them fit
 
 
+def receive_where_taken(
+    config: dict[str, Any], sizes: Sizes, receivers: int, takers: list[int]
+) -> tuple[list[str], int]:
+    """Names of this rank, all of them right, and the elements that it had a part in moving."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    plan = ReshardPlan(table_for(config), sizes, bucket_bytes=9000, receivers=receivers)
+    place = place_of(rank, world_size, sizes)
+    local, expected = shards(plan, config, place, spec=0), hf_tensors(config)
+    names, moved = [], 0
+    broadcast, exchange = dist.broadcast, dist.all_to_all_single
+
+    def count(collective: Any) -> Any:
+        def counted(tensor: Tensor, *rest: Any, **options: Any) -> Any:
+            nonlocal moved
+            moved += tensor.numel()
+            return collective(tensor, *rest, **options)
+
+        return counted
+
+    dist.broadcast, dist.all_to_all_single = count(broadcast), count(exchange)
+    try:
+        for bucket in reshard(plan, local, place, takes=rank in takers):
+            for name, tensor in bucket.tensors.items():
+                assert torch.equal(tensor, expected[name]), (rank, name)
+                names.append(name)
+    finally:
+        dist.broadcast, dist.all_to_all_single = broadcast, exchange
+    return names, moved
+
+
+@pytest.mark.parametrize(
+    ("sizes", "receivers", "takers", "idle"),
+    [
+        (Sizes(tp=2), 1, [2], [0, 1]),  # the other replica
+        (Sizes(tp=2, pp=2), 1, [3], []),
+        (Sizes(pp=2), 1, [1], [0, 2]),
+        (Sizes(pp=2, ep=2), 2, [2, 3], []),  # a server whose two workers share the experts
+        (Sizes(tp=2, ep=2), 2, [0, 1], [2, 3]),
+        (Sizes(tp=2, ep=4), 1, [], [0, 1, 2, 3]),
+    ],
+)
+def test_ranks_that_take_nothing_do_what_others_need_of_them_and_no_more(
+    ranks: Ranks, sizes: Sizes, receivers: int, takers: list[int], idle: list[int]
+) -> None:
+    config = hf_config(experts=8 if sizes.ep > 1 else 0)
+    arguments = (config, sizes, receivers)
+    some = ranks.run(receive_where_taken, *arguments, takers, world_size=4)
+    every = ranks.run(receive_where_taken, *arguments, [0, 1, 2, 3], world_size=4)
+    for rank, ((names, moved), (all_names, most)) in enumerate(zip(some, every, strict=True)):
+        assert names == (all_names if rank in takers else [])
+        assert (moved == 0) == (rank in idle)
+        assert moved <= most
+
+
+def test_a_rank_that_only_has_shards_of_others_takes_no_part_between_stages(ranks: Ranks) -> None:
+    """Rank 0 takes, rank 2 is its other stage; 1 and 3 are in their expert groups."""
+    results = ranks.run(
+        receive_where_taken, hf_config(experts=8), Sizes(pp=2, ep=2), 1, [0], world_size=4
+    )
+    taken, gathered = results[0][1], results[1][1]
+    assert [moved for _, moved in results] == [taken, gathered, taken, gathered]
+    assert gathered < taken / 2
+
+
 def test_a_layout_that_does_not_fit_the_model_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(ValueError, match=r"parallel\.tensor: 8 .*parallel\.pipeline: 3 stages"):
         ReshardPlan(table_for(hf_config()), Sizes(tp=8, pp=3))

@@ -259,16 +259,16 @@ def test_weights_that_are_not_complete_are_an_error_in_one_sentence(dense: Setup
     assert dense.engine.pid is None
 
 
+def start_agent(run_folder: Path, name: str) -> subprocess.Popen[bytes]:
+    arguments = ["--listen", "127.0.0.1:0", "--folder", str(run_folder / "engines")]
+    command = [sys.executable, "-m", "megasd.rollout.vllm.host", *arguments]
+    return subprocess.Popen([*command, "--name", name])
+
+
 def test_an_agent_starts_ends_and_restarts_an_engine_of_another_node(tmp_path: Path) -> None:
     """Experts on one worker, over TCP; the agent is killed, then started again by the job."""
     folders = make_models("moe", tmp_path, 3)
-
-    def start_agent() -> subprocess.Popen[bytes]:
-        arguments = ["--listen", "127.0.0.1:0", "--folder", str(tmp_path / "engines")]
-        command = [sys.executable, "-m", "megasd.rollout.vllm.host", *arguments]
-        return subprocess.Popen([*command, "--name", "node1"])
-
-    agent = start_agent()
+    agent = start_agent(tmp_path, "node1")
     engine = make_engine(folders[0], tmp_path, placement="server", name="node1")
     try:
         for version, folder in enumerate(folders):
@@ -283,7 +283,7 @@ def test_an_agent_starts_ends_and_restarts_an_engine_of_another_node(tmp_path: P
         with pytest.raises(EngineLostError, match=r"node1\.json is gone") as lost:
             engine.generate(greedy_requests())
         assert len(lost.value.missing) == 40
-        agent = start_agent()
+        agent = start_agent(tmp_path, "node1")
         engine.load_weights(buckets_of(weights_of(folders[1])), 7)
         check_greedy(folders[1], engine.generate(greedy_requests()), 7)
         hang_up(engine._host._agent)  # type: ignore[attr-defined]
@@ -316,13 +316,17 @@ def test_two_workers_fed_by_one_rank(tmp_path: Path) -> None:
         engine.close()
 
 
-def test_each_of_two_ranks_feeds_its_own_worker(tmp_path: Path) -> None:
+def test_each_of_two_ranks_feeds_its_own_worker_on_a_server(tmp_path: Path) -> None:
+    """Only the first of them speaks with the agent, which serves whoever called last."""
     folders = make_models("moe", tmp_path, 2)
+    agent = start_agent(tmp_path, "engine0")
     ranks = Ranks(size=2, timeout_seconds=300)
     try:
         errors = ranks.run(vllm_cases.feed_own_worker, folders, tmp_path, world_size=2)
     finally:
         ranks.close()
+        agent.terminate()
+    assert agent.wait(30) == 0
     for error in errors:
         assert len(error) == 1, "every rank hears of it"
         assert error[0].startswith("EngineLostError")

@@ -57,8 +57,9 @@ def test_engines_fed_in_place_equal_fresh_ones_and_a_killed_one_comes_back(
     exports = [tmp_path / f"step{step}" for step in range(cases.STEPS)]
     fresh = fresh_answers(tmp_path, exports)
     assert fresh[0] != fresh[1] != fresh[2]
-    for engine, workers in cases.ENGINES.items():
-        for step, (ours, theirs) in enumerate(zip(results[engine][:-1], fresh, strict=True)):
+    for owner in cases.OWNERS:
+        workers = cases.SEATS[owner].size
+        for step, (ours, theirs) in enumerate(zip(results[owner][:-1], fresh, strict=True)):
             for prompt, ((ids, logprobs, version), (fresh_ids, fresh_logprobs)) in enumerate(
                 zip(ours, theirs, strict=True)
             ):

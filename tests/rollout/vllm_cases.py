@@ -16,11 +16,12 @@ from tests.rollout.vllm_models import (
 
 
 def feed_own_worker(folders: list[Path], run_folder: Path) -> list[str]:
-    """Two trainer ranks, each with a channel to one of the engine's two workers."""
+    """Two trainer ranks, each with a channel to one of the two workers of an engine on a server."""
     rank = dist.get_rank()
     engine = make_engine(
         folders[0],
         run_folder,
+        placement="server",
         tensor=2,
         rank_in_engine=rank,
         engine_size=2,

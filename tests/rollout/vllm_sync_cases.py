@@ -1,4 +1,7 @@
-"""A trainer of four ranks that feeds two engines of real vLLM, one and two workers large."""
+"""A trainer of four ranks that feeds two engines of real vLLM.
+
+Rank 0 feeds one of one worker; ranks 2 and 3, of the other stage, each a worker of the other one.
+"""
 
 import os
 import signal
@@ -12,11 +15,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from megasd.rollout.placement import Seat
 from tests.distributed import policy_cases as cases
 from tests.rollout.vllm_models import greedy_requests, prompts, request_for
 
 STEPS = 3
-ENGINES = {0: 1, 1: 2}  # workers by rank of the trainer that feeds them
+SEATS = {0: Seat(0), 2: Seat(1, 0, 2), 3: Seat(1, 1, 2)}  # rank 1 feeds nobody
+OWNERS = [rank for rank, seat in SEATS.items() if seat.is_owner]
 
 
 def train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> list[Any]:
@@ -26,19 +31,16 @@ def train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]
     """
     policy = cases.make_policy(folder, settings)
     from megasd.checkpoint.export import export_hf
+    from megasd.rollout.build import _engine_group
     from megasd.rollout.config import SyncConfig, VLLMConfig
     from megasd.rollout.fleet import Fleet
-    from megasd.rollout.placement import Seat
     from megasd.rollout.vllm.engine import VLLMEngine
 
     rank = dist.get_rank()
-    engine = seat = None
-    if rank in ENGINES:
-        seat = Seat(rank)
+    engine, seat, group = None, SEATS.get(rank), _engine_group(SEATS)
+    if seat is not None:
         engine = VLLMEngine(
-            VLLMConfig(
-                tensor=ENGINES[rank], kv_cache_gib=0.25, max_sequences=32, timeout_seconds=300
-            ),
+            VLLMConfig(tensor=seat.size, kv_cache_gib=0.25, max_sequences=32, timeout_seconds=300),
             folder,
             AutoTokenizer.from_pretrained(folder),
             dtype=torch.float32,
@@ -46,10 +48,13 @@ def train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]
             hf_shapes=policy.table.hf_shapes(),
             max_tokens=512,
             run_folder=run_folder,
-            name=f"engine{rank}",
+            name=f"engine{seat.number}",
+            rank_in_engine=seat.rank,
+            engine_size=seat.size,
+            group=group,
         )
     probe = [prompt.token_ids for prompt in prompts()[-12:]]
-    fleet = Fleet(engine, seat, len(ENGINES), SyncConfig(checksum_every=1), probe=probe)
+    fleet = Fleet(engine, seat, len(OWNERS), SyncConfig(checksum_every=1), probe=probe)
     views = cases.random_views(1, count=11, vocab=90)
     answers = []
     try:
@@ -59,7 +64,7 @@ def train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]
             policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
             fleet.send(policy)
             export_hf(policy, folder, run_folder / f"step{step}", replace=False)
-            if engine is not None:
+            if engine is not None and rank in OWNERS:
                 answers.append([plain(r) for r in engine.generate(greedy_requests())])
             dist.barrier()
         answers.append(sample_through_a_kill(fleet))

@@ -34,6 +34,7 @@ from megasd.rollout.vllm.link import (
     Link,
     LocalHost,
     last_lines,
+    own_address,
 )
 from megasd.rollout.vllm.options import engine_options, visible_device
 from megasd.rollout.vllm.sampling import asked
@@ -166,11 +167,10 @@ class VLLMEngine:
 
     def _join(self) -> str:
         """Channels to an incarnation that has none yet. Returns what went wrong."""
-        incarnation = self._gather(self._started)[0]
+        incarnation, node = self._gather((self._started, self._host.node))[0]
         if self._joined == incarnation:
             return ""
-        failure = self._together(self._open_channel)
-        if failure:
+        if failure := self._together(lambda: self._open_channel(node)):
             return failure
         assert self._channel is not None
         feeds = self._gather(self._channel.feed)
@@ -178,16 +178,16 @@ class VLLMEngine:
         self._joined = 0 if failure else incarnation
         return failure
 
-    def _open_channel(self) -> None:
+    def _open_channel(self, node: str) -> None:
+        """`node`: of the engine, as its owner, who alone speaks with its host, found it."""
         workers = range(self._config.tensor) if self._size == 1 else [self._rank]
-        kind: TransportKind = "ipc" if self._shares_gpus else "gloo"
-        if self._device.type == "cuda" and not self._shares_gpus:
-            kind = "nccl"
+        other: TransportKind = "nccl" if self._device.type == "cuda" else "gloo"
+        kind = "ipc" if self._shares_gpus else other
         if self._channel is not None:
             self._channel.close()
         self._channel = Channel(
             kind,
-            self._host.listen_on() or "127.0.0.1",
+            own_address(node) if node else "127.0.0.1",
             workers,
             device=self._device,
             timeout_seconds=self._config.timeout_seconds,

@@ -198,6 +198,8 @@ class Link:
 class Host(Protocol):
     """Where an engine's processes run, one at a time."""
 
+    node: str  # as this machine reaches it; "": it is this machine
+
     def listen_on(self) -> str | None:
         """This side's address for the link; None: this machine only."""
         ...
@@ -216,6 +218,8 @@ class Host(Protocol):
 
 
 class LocalHost:
+    node = ""
+
     def __init__(self, log: Path) -> None:
         self._log = log
         self._process: LocalProcess | None = None
@@ -241,17 +245,20 @@ class LocalHost:
 
 
 class AgentHost:
-    """An agent (rollout/vllm/host.py) on another node, found by the file it wrote."""
+    """An agent (rollout/vllm/host.py) on another node, found by the file it wrote.
+
+    One rank speaks with it, the engine's owner: an agent serves the trainer that called last.
+    """
 
     def __init__(self, file: Path, timeout_seconds: float) -> None:
         self._file, self._timeout = file, timeout_seconds
         self._agent: Connection | None = None
-        self._node = ""  # of the agent that is connected
+        self.node = ""  # of the agent that is connected
         self._death: str | None = None
 
     def listen_on(self) -> str | None:
         self._agent = self._agent or self._connect()
-        return own_address(self._node)
+        return own_address(self.node)
 
     def start(self, job: Mapping[str, Any]) -> None:
         self._death = None
@@ -291,10 +298,10 @@ class AgentHost:
         end = time.monotonic() + self._timeout
         while True:
             agent = self.found()
-            self._node = agent["host"]
+            self.node = agent["host"]
             try:
                 return call(
-                    (self._node, agent["port"]),
+                    (self.node, agent["port"]),
                     bytes.fromhex(agent["key"]),
                     min(GREETING_SECONDS, self._timeout),
                 )
@@ -302,7 +309,7 @@ class AgentHost:
                 if time.monotonic() > end:
                     raise RuntimeError(
                         f"the agent that wrote {self._file} (process {agent['pid']} on "
-                        f"{self._node}) does not answer at port {agent['port']} ({error}): "
+                        f"{self.node}) does not answer at port {agent['port']} ({error}): "
                         "start it again"
                     ) from error
                 time.sleep(0.2)

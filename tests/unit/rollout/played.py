@@ -94,6 +94,8 @@ class Player:
 class PlayedHost:
     """Starts a `Player` for each process; the first of them is made with `options`."""
 
+    node = ""
+
     def __init__(self, **options: Any) -> None:
         self.players: list[Player] = []
         self._options = options

@@ -3,36 +3,85 @@
 import numpy as np
 import pytest
 
+from megasd.planner.presets import preset
 from megasd.rollout.config import RolloutConfig, VLLMConfig
 from megasd.rollout.placement import Gpu, Seat, check_gpus, expert_receivers, seats
 from megasd.rollout.probe import gap, probe_sequences
 from megasd.types import Prompt
+from megasd.weights.layout import Sizes
+from megasd.weights.reshard import ReshardPlan
+from megasd.weights.tables import table_for
+from megasd.weights.traffic import traffic
 
 
 def config(engine: str = "vllm", **vllm: object) -> RolloutConfig:
     return RolloutConfig(engine=engine, vllm=VLLMConfig(**vllm))  # pyright: ignore
 
 
+def placed(
+    one: RolloutConfig, world_size: int, *, stages: int = 1, on_cpu: bool = False
+) -> tuple[dict[int, Seat], int]:
+    """Seats, and over how many ranks the engines cut their experts. A replica has two ranks."""
+    ranks = {"ranks_per_stage": world_size // stages, "world_size": world_size}
+    starts = list(range(0, world_size, 2))
+    found = seats(one, replica_starts=starts, is_cuda=not on_cpu, **ranks)
+    return found, expert_receivers(one, is_cuda=not on_cpu, **ranks)
+
+
 def test_on_cpus_the_first_rank_of_each_replica_has_an_engine() -> None:
     for one in (config("hf"), config(tensor=2)):
-        found = seats(one, replica_starts=[0, 2, 4], world_size=12, is_cuda=False)
-        assert found == {0: Seat(0), 2: Seat(1), 4: Seat(2)}
-        assert expert_receivers(one, is_cuda=False) == 1
+        assert placed(one, 6, on_cpu=True) == ({0: Seat(0), 2: Seat(1), 4: Seat(2)}, 1)
 
 
 def test_on_gpus_consecutive_ranks_share_an_engine_and_perhaps_its_experts() -> None:
-    found = seats(config(tensor=2), replica_starts=[0], world_size=4, is_cuda=True)
+    found, receivers = placed(config(tensor=2), 4)
     assert found == {0: Seat(0, 0, 2), 1: Seat(0, 1, 2), 2: Seat(1, 0, 2), 3: Seat(1, 1, 2)}
     assert [seat.is_owner for seat in found.values()] == [True, False, True, False]
-    assert expert_receivers(config(tensor=4, expert_parallel=True), is_cuda=True) == 4
-    assert expert_receivers(config(tensor=4), is_cuda=True) == 1
+    assert receivers == 1
+    assert placed(config(tensor=4, expert_parallel=True), 4)[1] == 4
 
 
-def test_engines_on_servers_are_spoken_to_by_ranks_far_apart() -> None:
-    one = config(placement="server", engines=3, tensor=8, expert_parallel=True)
-    found = seats(one, replica_starts=[0, 8], world_size=16, is_cuda=True)
-    assert found == {0: Seat(0), 5: Seat(1), 10: Seat(2)}
-    assert expert_receivers(one, is_cuda=True) == 1
+@pytest.mark.parametrize(
+    ("vllm", "world_size", "stages"),
+    [
+        ({"engines": 3, "tensor": 8}, 16, 1),  # every worker takes in the whole model
+        ({"engines": 3, "tensor": 8, "expert_parallel": True}, 16, 1),  # more workers than ranks
+        ({"engines": 3, "tensor": 4, "expert_parallel": True}, 16, 8),  # a stage has two ranks
+    ],
+)
+def test_engines_on_servers_are_fed_by_one_rank_each_where_more_would_not_help_or_fit(
+    vllm: dict[str, int], world_size: int, stages: int
+) -> None:
+    found = placed(config(placement="server", **vllm), world_size, stages=stages)
+    assert found == ({0: Seat(0), 5: Seat(1), 10: Seat(2)}, 1)
+
+
+def test_workers_that_share_experts_on_servers_have_a_rank_each_of_one_stage() -> None:
+    one = config(placement="server", engines=3, tensor=4, expert_parallel=True)
+    found, receivers = placed(one, 16, stages=2)
+    assert found == {
+        start + rank: Seat(number, rank, 4)
+        for number, start in enumerate((0, 4, 8))
+        for rank in range(4)
+    }
+    assert receivers == 4
+
+
+def test_what_ranks_send_to_a_server_is_each_workers_own_experts() -> None:
+    """235B-A22B into an engine of 8 GPUs: 470 GB from one rank, or 73 from each of eight."""
+    table, sizes = table_for(preset("235B-A22B")), Sizes(tp=4, pp=2, ep=8)
+    sent = {}
+    for shares in (False, True):
+        one = config(placement="server", engines=2, tensor=8, expert_parallel=shares)
+        seating, receivers = placed(one, 64, stages=2)
+        plan = ReshardPlan(table, sizes, receivers=receivers)
+        for rank, seat in seating.items():
+            stage, stage_rank = divmod(rank, 32)
+            share = 128 // seat.size
+            mine = range(seat.rank * share, (seat.rank + 1) * share)
+            assert plan.wanted(stage_rank) == mine, "as vLLM shares them out"
+            sent[shares] = traffic(plan, pp=stage, stage_rank=stage_rank).total
+    assert sent == {False: pytest.approx(470.2e9, rel=1e-3), True: pytest.approx(72.8e9, rel=1e-3)}
 
 
 def test_gpus_that_an_engine_could_not_share_are_refused_with_what_to_do() -> None:
