@@ -12,6 +12,7 @@ import io
 import queue
 import shutil
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -172,9 +173,22 @@ def _write_file(staged: Staged, bucket: Any) -> tuple[list[Any], Files]:
     write(transforms, 0, bucket, results, place, use_fsync=True)
     _, written = results.get_nowait()
     if isinstance(written, Exception):
-        raise written
+        _let_go(written)
+        raise OSError(in_words(written))
     path, name, _ = bucket
     return written, describe(Path(path).parent, [name])
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drops the frames of an error, and what they hold.
+
+    Megatron's writer keeps its error in a frame of the error's own traceback: together they would
+    hold this rank's copies, and torch's half-written file, until the garbage collector comes by.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None  # a frame leads to its callers, and what they hold
+        error = error.__context__
 
 
 def in_words(error: BaseException) -> str:

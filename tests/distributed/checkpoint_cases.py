@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import resource
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -377,6 +379,26 @@ def _full_disk(is_full: bool) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@contextlib.contextmanager
+def _copies() -> Iterator[list[Any]]:
+    """Weak references to the copies in host memory that saves make."""
+    from megasd.checkpoint import checkpoints
+
+    copies, stage = [], checkpoints.stage
+
+    def remember(*arguments: Any, **options: Any) -> Any:
+        staged = stage(*arguments, **options)
+        for _, _, (_, tensors) in staged.buckets:
+            copies.extend(weakref.ref(tensor) for _, tensor in tensors)
+        return staged
+
+    checkpoints.stage = remember
+    try:
+        yield copies
+    finally:
+        checkpoints.stage = stage
+
+
 def restore_weights(policy: Any, run_folder: Path) -> None:
     """The weights of the newest checkpoint by Megatron's own loader, whatever their layout was."""
     from megatron.core import dist_checkpointing
@@ -413,8 +435,13 @@ def fail_to_save(folder: Path, run_folder: Path, failing_rank: int) -> list[int]
     # Where the limit is met decides which of torch's layers words the cause.
     cause = rf"rank {failing_rank}: .*\w"
     sentence = rf"step_000002 could not be written \(.*{cause}.*free.*\[1\].*--resume"
-    with pytest.raises(SaveError, match=sentence), _full_disk(dist.get_rank() == failing_rank):
-        checkpoints.save(2)
+    gc.disable()
+    with _copies() as copies:
+        with pytest.raises(SaveError, match=sentence), _full_disk(dist.get_rank() == failing_rank):
+            checkpoints.save(2)
+        assert copies
+        assert not [copy for copy in copies if copy() is not None], "without a garbage collector"
+    gc.enable()
     checkpoints.restore()  # the earlier one is still good
     assert checkpoints.next_step == 1
     checkpoints.save(2)  # and with room again, saving works
