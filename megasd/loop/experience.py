@@ -1,6 +1,7 @@
 """From prompts to a batch that can be scored: sampling, rewards, dynamic sampling."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,22 +98,33 @@ class Collector:
         self._has_judged = False
 
     def collect(self, step: int, phases: Phases) -> Experience:
-        """`rollout.prompts_per_step` groups; those that the algorithm drops are made up for."""
+        """`rollout.prompts_per_step` groups; those that the algorithm drops are made up for.
+
+        By the next prompts of the stream that give groups to keep, in its order; the prompts of
+        groups beyond what was missing are used up as well.
+        """
         rollouts: list[Rollout] = []
         verdicts: list[Verdict] = []
         seen: list[tuple[Rollout, Verdict]] = []
-        missing = self.rollout.prompts_per_step
+        missing, num_valid, num_kept = self.rollout.prompts_per_step, 0, 0
         for refills in itertools.count():
             with phases("rollout"):
-                new = self._sample(self.prompts.next(missing), step, refills)
+                count = self._enough(missing, num_kept, num_valid)
+                new = self._sample(self.prompts.next(count), step, refills)
             with phases("reward"):
                 judged = self._judge(new)
             seen += zip(new, judged, strict=True)
             valid = [i for i, verdict in enumerate(judged) if verdict.error is None]
             kept = self._kept(new, judged, valid, refills)
-            rollouts += [new[i] for i in kept]
-            verdicts += [judged[i] for i in kept]
-            missing = len({new[i].group_id for i in valid} - {new[i].group_id for i in kept})
+            taken = self._taken(new, judged, valid, kept, missing)
+            rollouts += [new[i] for i in kept if new[i].group_id in taken]
+            verdicts += [judged[i] for i in kept if new[i].group_id in taken]
+            groups = len({new[i].group_id for i in valid})
+            num_valid, num_kept = (
+                num_valid + groups,
+                num_kept + len({new[i].group_id for i in kept}),
+            )
+            missing = min(missing, groups) - len(taken)
             if not missing:  # groups that ended in verifier errors are not made up for
                 break
         if not rollouts:
@@ -123,6 +135,35 @@ class Collector:
             )
         self._has_judged = True
         return self._assemble(rollouts, verdicts, self._sampling_metrics(seen))
+
+    def _enough(self, missing: int, kept: int, valid: int) -> int:
+        """Prompts to sample for so many missing groups, when `kept` of `valid` could be used.
+
+        A round takes as long as its longest response, however few it has: so a standard deviation
+        more than would do on average, but never more than a first round.
+        """
+        most = self.rollout.prompts_per_step
+        if missing == most or not kept:
+            return most
+        return min(most, math.ceil((missing + math.sqrt(missing)) * valid / kept))
+
+    def _taken(
+        self,
+        rollouts: Sequence[Rollout],
+        verdicts: Sequence[Verdict],
+        valid: Sequence[int],
+        kept: Sequence[int],
+        missing: int,
+    ) -> set[int]:
+        """The first `missing` of the groups that were kept, by id.
+
+        When the algorithm has given up being choosy, those that it would have chosen come first.
+        """
+        groups = list(dict.fromkeys(rollouts[i].group_id for i in kept))
+        if len(groups) > missing:
+            chosen = {rollouts[i].group_id for i in self._kept(rollouts, verdicts, valid, 0)}
+            groups.sort(key=lambda group: group not in chosen)  # stable
+        return set(groups[:missing])
 
     def _sample(self, prompts: Sequence[Prompt], step: int, refills: int) -> list[Rollout]:
         repeats = _repeats([prompt.index for prompt in prompts])

@@ -58,9 +58,12 @@ class Alone:
         return list(work(items))
 
 
-def collector(judge: Callable[[Rollout], Verdict], algorithm: Any, groups: int = 3) -> Collector:
+def collector(
+    judge: Callable[[Rollout], Verdict], algorithm: Any, groups: int = 3, rows: int = 6
+) -> Collector:
     prompts = [
-        Prompt(index=i, messages=(), token_ids=np.array([50 + i]), answer=str(i)) for i in range(6)
+        Prompt(index=i, messages=(), token_ids=np.array([50 + i]), answer=str(i))
+        for i in range(rows)
     ]
     return Collector(
         prompts=Prompts(prompts, seed=0, shuffle=False),
@@ -103,9 +106,58 @@ def test_groups_of_equal_rewards_are_sampled_anew_and_the_batch_keeps_its_size()
     one = collector(judge, GRPO(dynamic_sampling=True))
     experience = one.collect(0, Phases())
     assert sorted({rollout.prompt.index for rollout in experience.rollouts}) == [1, 3, 4]
-    assert experience.metrics["rollout/sampled"] == 10.0  # 3 + 2 groups of 2
-    assert one.prompts.position == 5, "what was dropped was used up"
+    assert experience.metrics["rollout/sampled"] == 12.0  # 3 + 3 groups of 2
+    assert one.prompts.position == 6, "what was dropped was used up"
     assert len({r.group_id for r in experience.rollouts}) == 3
+
+
+def teaches(rows: Callable[[int], bool]) -> Callable[[Rollout], Verdict]:
+    """Groups of these prompts have different rewards."""
+    return lambda r: Verdict(reward=float(r.sample == 0 and rows(r.prompt.index)))
+
+
+def test_a_refill_samples_as_many_as_the_groups_so_far_say_and_takes_the_first_good_ones() -> None:
+    """Three of four teach, and 5 are missing: (5 + sqrt 5) / 0.75 = 9.6 prompts, all at once."""
+    one = collector(teaches(lambda row: row % 4 > 0), GRPO(dynamic_sampling=True), 20, rows=60)
+    experience = one.collect(0, Phases())
+    good = [row for row in range(60) if row % 4 > 0]
+    assert [r.prompt.index for r in experience.rollouts[::GROUP_SIZE]] == good[:20]
+    assert one.prompts.position == 20 + 10
+    assert experience.metrics["rollout/sampled"] == 30 * GROUP_SIZE
+    assert experience.batch.group_ids.tolist() == np.repeat(range(20), GROUP_SIZE).tolist()
+    again = collector(teaches(lambda row: row % 4 > 0), GRPO(dynamic_sampling=True), 20, rows=60)
+    again.prompts.load_state_dict(one.prompts.state_dict())
+    both = [(c.collect(1, Phases()), c.prompts.position) for c in (one, again)]
+    seeds = [[r.seed for r in cast(Any, c.engines).requests][-20:] for c in (one, again)]
+    assert both[0][1] == both[1][1]
+    assert seeds[0] == seeds[1], "a resumed run samples the same"
+
+
+def test_a_refill_is_never_larger_than_the_first_round() -> None:
+    one = collector(teaches(lambda row: row == 40), GRPO(dynamic_sampling=True), 8, rows=60)
+    one.collect(0, Phases())
+    rounds = [r.group_id // 8 for r in cast(Any, one.engines).requests[::GROUP_SIZE]]
+    assert rounds == np.repeat(range(11), 8).tolist()
+
+
+def test_the_last_round_takes_groups_that_teach_before_those_that_do_not() -> None:
+    algorithm = GRPO(dynamic_sampling=True, max_refills=1)
+    one = collector(teaches(lambda row: row in (0, 2, 6)), algorithm, 4, rows=12)
+    taken = [r.prompt.index for r in one.collect(0, Phases()).rollouts[::GROUP_SIZE]]
+    assert taken == [0, 2, 4, 6]
+
+
+def test_groups_lost_to_verifier_errors_are_not_made_up_for_but_others_are() -> None:
+    """Rows 1 and 9 break, 0 and 2 teach nothing: of 6 groups one is lost and 2 are missing."""
+
+    def judge(rollout: Rollout) -> Verdict:
+        if rollout.prompt.index in (1, 9):
+            return Verdict(error="it broke")
+        return teaches(lambda row: row > 2)(rollout)
+
+    one = collector(judge, GRPO(dynamic_sampling=True), 6, rows=20)
+    taken = [r.prompt.index for r in one.collect(0, Phases()).rollouts[::GROUP_SIZE]]
+    assert taken == [3, 4, 5, 6, 7]
 
 
 def test_a_verifiers_failure_leaves_the_batch_and_is_counted_never_a_zero() -> None:
