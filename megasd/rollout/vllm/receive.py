@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from megasd.rollout.vllm.experts import ExpertStacks
 from megasd.rollout.vllm.send import Feed, Receiver
 from megasd.rollout.vllm.versions import NoTrainerSide, drop_packed_experts, repack_heads
 
@@ -51,6 +52,7 @@ class StreamedWeights(NoTrainerSide, WeightTransferEngine[Feeds, Update]):
     update_info_cls = Update
     supports_draft_weight_update = False
     receiver: Receiver | None = None
+    experts: ExpertStacks | None = None
 
     def init_transfer_engine(self, init_info: Feeds) -> None:
         worker = self.parallel_config.rank
@@ -60,6 +62,7 @@ class StreamedWeights(NoTrainerSide, WeightTransferEngine[Feeds, Update]):
         self.receiver = Receiver(feed, worker, self.device)
 
     def start_weight_update(self) -> None:
+        self.experts = self.experts or ExpertStacks(self.model)
         if self.device.type == "cpu":
             drop_packed_experts(self.model)
         with set_current_vllm_config(self.vllm_config):
@@ -67,10 +70,12 @@ class StreamedWeights(NoTrainerSide, WeightTransferEngine[Feeds, Update]):
 
     def receive_weights(self, update_info: Update) -> None:
         assert self.receiver is not None, "channels are joined before weights travel"
+        assert self.experts is not None, "an update is started before its weights come"
         with set_current_vllm_config(self.vllm_config), torch.device(self.device):
             model: Any = self.model
             for tensors in self.receiver.buckets(update_info.number):
-                model.load_weights(tensors.items())
+                model.load_weights(self.experts.take(tensors))
+            self.experts.finish()
 
     def finish_weight_update(self) -> None:
         with set_current_vllm_config(self.vllm_config), torch.device(self.device):

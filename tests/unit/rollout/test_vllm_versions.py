@@ -239,3 +239,12 @@ def test_vllm_makes_in_float8_what_travels_in_float8(
     assert made == {name: is_quantized(name, shapes[name]) for name in made}
     assert len(made) >= 14
     assert ("model.layers.1.mlp.gate.weight" in made) == (kind == "qwen3_moe")
+
+
+@pytest.mark.slow
+@PRESENT
+def test_whole_stacks_make_of_a_layer_of_experts_what_expert_after_expert_does(
+    release: str, contacts: dict[str, dict[str, Any]]
+) -> None:
+    """In a call for each projection, and one for its scales, instead of one for each expert."""
+    assert contacts[release]["stacks"] == {"plain": 3, "float8": 6}

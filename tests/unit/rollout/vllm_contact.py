@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+EXPERTS = "vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts"
 # What megasd calls, makes or subclasses. A class stands for its constructor.
 EDGES = (
     "vllm.LLM",
@@ -35,6 +36,8 @@ EDGES = (
     "vllm.distributed.weight_transfer.factory.WeightTransferEngineFactory.register_engine",
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload",
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload",
+    f"{EXPERTS}.weight_loader",
+    f"{EXPERTS}._map_global_expert_id_to_local_expert_id",
 )
 ENGINE = "vllm.distributed.weight_transfer.base.WeightTransferEngine"
 # Where the engine process reaches for what it drives and measures: class, then its attribute.
@@ -48,6 +51,9 @@ REACHES = (
     ("vllm.distributed.weight_transfer.factory.WeightTransferEngineFactory", "_registry"),
     ("vllm.sampling_params.RequestOutputKind", "FINAL_ONLY"),
     ("vllm.logprobs.FlatLogprobs", "logprobs"),
+    *((EXPERTS, name) for name in ("layer_name", "quant_config", "moe_config")),
+    (EXPERTS, "global_num_experts"),
+    ("vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", "num_logical_experts"),
 )
 
 
@@ -120,6 +126,7 @@ def contact() -> dict[str, Any]:
         "finish": order_of_finish(),
         "sends": sentence_of(lambda: engine.trainer_send_weights(iter(()), {})),
         "float8": {kind: float8_modules(kind) for kind in ("qwen3", "qwen3_moe")},
+        "stacks": {kind: calls_for_stacks(kind) for kind in ("plain", "float8")},
     }
 
 
@@ -216,6 +223,83 @@ def float8_modules(kind: str) -> dict[str, bool]:
             assert isinstance(config.get_quant_method(linear, prefix), UnquantizedLinearMethod)
         found[name] = not skipped
     return found
+
+
+def calls_for_stacks(kind: str) -> int:
+    """Calls of the loader for four experts, two of which a worker keeps, cut over two workers.
+
+    0 where whole stacks make anything else of the parameters than expert after expert.
+    """
+    import torch
+
+    from megasd.rollout.vllm.experts import ExpertStacks
+
+    wide, deep = 256, 512  # of a projection: rows, columns
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"gate_proj": (wide, deep), "up_proj": (wide, deep), "down_proj": (deep, wide)}
+    tensors = {
+        f"model.layers.0.mlp.experts.{expert}.{name}.weight": torch.rand(shape, generator=draws)
+        for name, shape in shapes.items()
+        for expert in range(4)
+    }
+    if kind == "float8":
+        tensors |= {
+            f"{name}_scale_inv": tensor[::128, ::128].contiguous()
+            for name, tensor in tensors.items()
+        }
+    one, by_one = experts_layer(kind, wide, deep)
+    for name, tensor in tensors.items():
+        _, expert, projection, what = name.rsplit(".", 3)
+        part = "w2" if projection == "down_proj" else "w13"
+        parameter = getattr(one, f"{part}_{what}")
+        shard = {"gate_proj": "w1", "up_proj": "w3"}.get(projection, "w2")
+        parameter.weight_loader(
+            parameter, tensor, f"{one.layer_name}.{part}_{what}", shard, int(expert), True
+        )
+    other, calls = experts_layer(kind, wide, deep)
+    stacks = ExpertStacks(other)
+    assert list(stacks.take({"norm": torch.ones(1)} | tensors)) == [("norm", torch.ones(1))]
+    stacks.finish()
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    same = all(torch.equal(a, b) and a.isfinite().all() for a, b in pairs)
+    assert len(by_one) == len(tensors)
+    return len(calls) if same else 0
+
+
+def experts_layer(kind: str, wide: int, deep: int) -> tuple[Any, list[str]]:
+    """vLLM's module with the parameters of its worker 1 of 2, and a list of its loader's calls."""
+    from types import SimpleNamespace
+
+    import torch
+
+    layer: Any = object.__new__(named(EXPERTS))
+    torch.nn.Module.__init__(layer)
+    layer.layer_name = "model.layers.0.mlp.experts"
+    layer.quant_config = SimpleNamespace(get_name=lambda: "fp8") if kind == "float8" else None
+    layer.quant_method, layer._fused_shared_expert_quantizer = SimpleNamespace(), None
+    layer.global_num_experts = 4
+    layer.expert_map_manager = SimpleNamespace(map_global_to_local=lambda e: [-1, 1, -1, 0][e])
+    layer.moe_config = SimpleNamespace(
+        tp_rank=1,
+        moe_parallel_config=SimpleNamespace(tp_size=2),
+        is_act_and_mul=True,
+        num_logical_experts=4,
+        tp_shard_with_padding=False,
+    )
+    calls: list[str] = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        calls.append("")
+        return named(EXPERTS).weight_loader(layer, *args, **options)
+
+    shapes = {"w13_weight": (2, wide, deep), "w2_weight": (2, deep, wide // 2)}
+    if kind == "float8":
+        shapes |= {f"{n}_scale_inv": (e, r // 128, c // 128) for n, (e, r, c) in shapes.items()}
+    for name, shape in shapes.items():
+        parameter: Any = torch.nn.Parameter(torch.full(shape, torch.nan), requires_grad=False)
+        parameter.weight_loader, parameter.quant_method = load, "block"
+        layer.register_parameter(name, parameter)
+    return layer, calls
 
 
 def main() -> None:
