@@ -6,7 +6,7 @@ recorded by tests/unit/rollout/vllm_contact.py.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ _PARTS = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w
 
 
 class ExpertStacks:
-    """Collects the experts that a worker keeps; those of other workers are dropped."""
+    """Collects the experts that a worker keeps; those of other workers are dropped.
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        found = (_Layer(module) for module in model.modules() if _is_known(module))
+    `modules`: vLLM's `RoutedExperts`.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        found = (_Layer(module) for module in modules if _is_known(module))
         self._layers = {layer.name: layer for layer in found}
 
     def take(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -92,12 +95,10 @@ class _Layer:
 
 
 def _is_known(module: Any) -> bool:
-    """A layer of experts as vLLM loads it from what megasd sends: plain, or float8 in blocks.
+    """Whether vLLM loads it from what megasd sends, plain or float8 in blocks, and as it is.
 
     One with copies of experts for balance has more of them than the model.
     """
-    if not hasattr(module, "_map_global_expert_id_to_local_expert_id"):
-        return False
     quantization = module.quant_config and module.quant_config.get_name()
     is_plain = module.moe_config.num_logical_experts == module.global_num_experts
     return quantization in (None, "fp8") and is_plain

@@ -15,6 +15,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -62,7 +63,9 @@ class StreamedWeights(NoTrainerSide, WeightTransferEngine[Feeds, Update]):
         self.receiver = Receiver(feed, worker, self.device)
 
     def start_weight_update(self) -> None:
-        self.experts = self.experts or ExpertStacks(self.model)
+        self.experts = self.experts or ExpertStacks(
+            module for module in self.model.modules() if isinstance(module, RoutedExperts)
+        )
         if self.device.type == "cpu":
             drop_packed_experts(self.model)
         with set_current_vllm_config(self.vllm_config):

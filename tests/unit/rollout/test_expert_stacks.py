@@ -49,7 +49,7 @@ def tensors(layer: int = 0) -> dict[str, Tensor]:
 
 
 def test_stacks_are_loaded_whole_however_the_experts_come() -> None:
-    layers = nn.ModuleList([Experts(0), Experts(1)])
+    layers = [Experts(0), Experts(1)]
     stacks = ExpertStacks(layers)
     for update in range(2):
         memory = torch.empty(2, 3)  # that the next tensor is written into
@@ -59,7 +59,7 @@ def test_stacks_are_loaded_whole_however_the_experts_come() -> None:
             assert not list(stacks.take({name: memory}))
         stacks.finish()
         for layer in layers:
-            loaded: Any = layer.loaded
+            loaded = layer.loaded
             assert {key: stack[:, 0, 0].tolist() for key, stack in loaded.items()} == {
                 ("w13_weight", "w1"): [30 + 100 * update, 20 + 100 * update],
                 ("w13_weight", "w3"): [31 + 100 * update, 21 + 100 * update],
@@ -69,7 +69,7 @@ def test_stacks_are_loaded_whole_however_the_experts_come() -> None:
 
 
 def test_experts_that_do_not_come_are_named() -> None:
-    stacks = ExpertStacks(nn.ModuleList([Experts(0), Experts(1)]))
+    stacks = ExpertStacks([Experts(0), Experts(1)])
     lacking = tensors(0)
     del lacking["model.layers.0.mlp.experts.3.up_proj.weight"]
     del lacking["model.layers.0.mlp.experts.0.up_proj.weight"]  # of another worker
@@ -80,7 +80,7 @@ def test_experts_that_do_not_come_are_named() -> None:
 
 @pytest.mark.parametrize("other", [{"copies": 2}, {"quantization": "awq"}])
 def test_what_is_not_known_goes_to_vllm_as_it_came(other: dict[str, Any]) -> None:
-    stacks = ExpertStacks(nn.ModuleList([Experts(0, **other), Experts(1)]))
+    stacks = ExpertStacks([Experts(0, **other), Experts(1)])
     norm = {"model.layers.1.input_layernorm.weight": torch.ones(3)}
     bias = {"model.layers.1.mlp.experts.2.up_proj.bias": torch.ones(3)}
     given = tensors(0) | norm | bias | tensors(1)

@@ -257,7 +257,7 @@ def calls_for_stacks(kind: str) -> int:
             parameter, tensor, f"{one.layer_name}.{part}_{what}", shard, int(expert), True
         )
     other, calls = experts_layer(kind, wide, deep)
-    stacks = ExpertStacks(other)
+    stacks = ExpertStacks([other])
     assert list(stacks.take({"norm": torch.ones(1)} | tensors)) == [("norm", torch.ones(1))]
     stacks.finish()
     pairs = zip(one.parameters(), other.parameters(), strict=True)
