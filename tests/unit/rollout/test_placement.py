@@ -1,5 +1,7 @@
 """Which rank has which engine, and what a probe says when one computes something else."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -50,7 +52,7 @@ def test_on_gpus_consecutive_ranks_share_an_engine_and_perhaps_its_experts() -> 
     ],
 )
 def test_engines_on_servers_are_fed_by_one_rank_each_where_more_would_not_help_or_fit(
-    vllm: dict[str, int], world_size: int, stages: int
+    vllm: dict[str, Any], world_size: int, stages: int
 ) -> None:
     found = placed(config(placement="server", **vllm), world_size, stages=stages)
     assert found == ({0: Seat(0), 5: Seat(1), 10: Seat(2)}, 1)
