@@ -1,0 +1,86 @@
+"""What the process with Transformer Engine's layers runs."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.distributed import methods_cases
+from tests.distributed import policy_cases as cases
+from tests.te_stub import kernels, stand_in
+
+VOCABULARY = 121
+
+
+def with_transformer_engine(case: Callable[..., Any], *args: Any) -> Any:
+    """A case of other tests, whose policies get Transformer Engine's layers."""
+    stand_in.start()
+    return case(*args)
+
+
+def with_local_layers(case: Callable[..., Any], *args: Any) -> Any:
+    """The same in the same process, with Megatron's own layers."""
+    started = stand_in.start()
+    from megasd.policy import backend
+
+    backend._started = dataclasses.replace(started, transformer_engine=False)
+    try:
+        return case(*args)
+    finally:
+        backend._started = started
+
+
+def what_it_is_made_of(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of a policy's parts, its weights as read, the kernels of a score and a step."""
+    policy = cases.make_policy(folder, settings)
+    weights = cases.weights_of(policy)
+    views = cases.random_views(5, count=6, vocab=VOCABULARY)
+    offsets = cases.offsets_of(views)
+    scored = _launched(lambda: policy.score(views, offsets))
+    batch, credit = cases.batch_and_credit(views, seed=1)
+    learned = _launched(
+        lambda: policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
+    )
+    modules = {name: type(module).__name__ for name, module in policy.state.gpt.named_modules()}
+    optimizers = {type(part.optimizer) for part in policy.state.optimizer.chained_optimizers}
+    return {
+        "modules": modules,
+        "optimizers": {f"{kind.__module__}.{kind.__name__}" for kind in optimizers},
+        "weights": weights,
+        "scored": scored,
+        "learned": learned,
+    }
+
+
+def _launched(run: Callable[[], Any]) -> Counter[str]:
+    kernels.LAUNCHED.clear()
+    run()
+    return kernels.LAUNCHED.copy()
+
+
+def one_step_of_each_method(folder: Path, methods: Mapping[str, Any]) -> dict[str, Any]:
+    methods_cases.STEPS = 1
+    return methods_cases.train_methods(folder, {"eps": 1e-6}, methods)
+
+
+def swap_teachers(folder: Path, settings: Mapping[str, Any]) -> dict[str, list[np.ndarray]]:
+    """Scores of student and frozen teacher before a step and after it; the student's again."""
+    policy = cases.make_policy(folder, {**settings, "teacher": {"weights": "frozen"}})
+    views = cases.random_views(5, count=6, vocab=VOCABULARY)
+    offsets = cases.offsets_of(views)
+    batch, credit = cases.batch_and_credit(views, seed=1)
+    seen: dict[str, list[np.ndarray]] = {"student": [], "teacher": []}
+
+    def read() -> None:
+        seen["student"].append(policy.score(views, offsets).logprobs.numpy())
+        teacher = policy.score_teacher("teacher", views, offsets)
+        seen["teacher"].append(teacher.logprobs.numpy())
+        seen["student"].append(policy.score(views, offsets).logprobs.numpy())
+
+    read()
+    policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
+    read()
+    return seen
