@@ -35,7 +35,7 @@ class _Scheduling(LoadFileScheduling):
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        shared = ("tests/distributed/", "tests/slurm/")  # the ranks, the cluster
+        shared = ("tests/distributed/", "tests/slurm/", "tests/te_stub/")  # processes, a cluster
         return next(filter(nodeid.startswith, shared), super()._split_scope(nodeid))
 
 

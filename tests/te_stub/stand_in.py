@@ -6,6 +6,7 @@ of its own: whoever imports Megatron after it gets Transformer Engine's layers.
 """
 
 import contextlib
+import importlib
 import importlib.machinery
 import os
 import sys
@@ -190,11 +191,18 @@ def start() -> Any:
     for name in _SUBSTITUTED:
         sys.modules[name] = _substitute(name)
     with _a_gpu_while_importing():
-        import transformer_engine.pytorch  # noqa: F401
+        importlib.import_module(f"{_PACKAGE}.pytorch")
     cpu.prepare_megatron()
     _answer_tensor_methods()
     backend._started = backend.Backend(torch.device("cpu"), "gloo", True)
     return backend._started
+
+
+def forget_groups() -> None:
+    """Transformer Engine keeps what it was told of process groups, and so the groups."""
+    distributed: Any = importlib.import_module(f"{_PACKAGE}.pytorch.distributed")
+    distributed.get_distributed_world_size.cache_clear()
+    distributed.get_distributed_rank.cache_clear()
 
 
 @contextlib.contextmanager

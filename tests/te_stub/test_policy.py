@@ -1,6 +1,6 @@
 """A policy of Transformer Engine's layers: its own Python and Megatron's, kernels in torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from megasd.testing.ranks import Ranks
-from megasd.testing.tiny import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 from tests.distributed import checkpoint_cases, policy_cases
 from tests.distributed.test_methods import methods
 from tests.distributed.test_policy import reference
-from tests.te_stub import cases, stand_in
+from tests.te_stub import cases
 from tests.te_stub.cases import with_local_layers, with_transformer_engine
 
 MODELS = ("qwen3", "qwen3_moe", "llama")
@@ -40,27 +39,6 @@ PARTS = {
         "mlp.experts.linear_fc2": "TERowParallelGroupedLinear",
     },
 }
-
-
-@pytest.fixture(scope="module")
-def te() -> Iterator[Ranks]:
-    """One process, spawned once: whoever imports Megatron in it gets Transformer Engine."""
-    if not stand_in.is_installed():
-        pytest.skip("Transformer Engine's Python is not in .venv: run tools/setup.sh")
-    process = Ranks(size=1)
-    yield process
-    process.close()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    same: Any = {"vocab": cases.VOCABULARY, "norm_spread": 0.2, "init_scale": 0.15}
-    return {
-        "qwen3": tiny_qwen3(root / "qwen3", rope_theta=50_000.0, tie=False, **same),
-        "qwen3_moe": tiny_qwen3_moe(root / "moe", rope_theta=50_000.0, **same),
-        "llama": tiny_llama(root / "llama", hidden=64, rope_theta=5_000.0, **same),
-    }
 
 
 @cache
@@ -191,9 +169,7 @@ def test_a_run_goes_on_from_a_checkpoint_before_its_first_step(
     np.testing.assert_equal(resumed, whole)
 
 
-def test_every_method_trains_as_with_local_layers(
-    folders: Mapping[str, Path], te: Ranks
-) -> None:
+def test_every_method_trains_as_with_local_layers(folders: Mapping[str, Path], te: Ranks) -> None:
     given = (cases.one_step_of_each_method, folders["qwen3"], methods())
     (found,) = te.run(with_transformer_engine, *given, world_size=1)
     (expected,) = te.run(with_local_layers, *given, world_size=1)
