@@ -6,6 +6,7 @@ case makes its own process group of the size it asks for.
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -101,15 +102,20 @@ class Ranks:
     Its process groups must end with it: what it leaves behind would slow the next, and hide leaks
     (but for one with the attribute `keeps_groups`).
     Processes that did not answer, or were left with groups, are replaced before the next case.
+    `has_imports`: they are forked with a trainer's imports behind them (forked.py).
     """
 
-    def __init__(self, size: int = 4, timeout_seconds: float = 120.0) -> None:
+    def __init__(
+        self, size: int = 4, timeout_seconds: float = 120.0, *, has_imports: bool = True
+    ) -> None:
         self.size = size
         self.timeout_seconds = timeout_seconds
+        self.has_imports = has_imports
         self._workers: list[tuple[Any, Connection]] = []
 
     def _start(self) -> None:
-        chosen = forked.context()
+        spawning = multiprocessing.get_context("spawn")
+        chosen = forked.context() if self.has_imports else spawning
         for rank in range(self.size):
             ours, theirs = chosen.Pipe()
             process = chosen.Process(target=_serve, args=(rank, theirs))

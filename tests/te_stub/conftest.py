@@ -16,7 +16,7 @@ def te() -> Iterator[Ranks]:
     """One process, spawned once: whoever imports Megatron in it gets Transformer Engine."""
     if not stand_in.is_installed():
         pytest.skip("Transformer Engine's Python is not in .venv: run tools/setup.sh")
-    process = Ranks(size=1)
+    process = Ranks(size=1, has_imports=False)
     yield process
     process.close()
 
