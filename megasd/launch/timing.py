@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from megasd.configuration.load import Config
 from megasd.launch.checks import Nodes
 from megasd.launch.site import LEAD_SECONDS, Site, seconds
+from megasd.planner.hardware import shown
 
-WRITE_BYTES_PER_SECOND = 1e9  # of one node, into the file system of the checkpoints; assumed
-BYTES_OF_OPTIMIZER = 12  # of a parameter: a float32 copy and two moments
 SHORT = 0.1  # of the maximal lengths: shorter than any run's mean
 
 
@@ -26,6 +25,7 @@ class Timing:
     shortest_step: float  # of one whose sequences are `SHORT`
     longest_work: float  # what a stop waits for: the rest of a score and an update, at full length
     save: float
+    deadlines: tuple[str, ...] = ()  # of the run itself that a step outlasts, as sentences
 
     @property
     def stop(self) -> float:
@@ -37,10 +37,10 @@ def estimate(config: Config, nodes: Nodes, gpu: str | None) -> Timing | None:
     """Without a GPU named, of the quickest there is: it takes at least as long. None: unknown."""
     if config.run.device != "cuda":
         return None
-    from megasd.planner.buffers import total_parameters
+    from megasd.planner.around import checkpoint_bytes, deadlines
     from megasd.planner.command import scenario_of
     from megasd.planner.duration import Duration, duration
-    from megasd.planner.hardware import GPUS, Assumptions, Machine
+    from megasd.planner.hardware import GB, GPUS, Assumptions, Machine
     from megasd.planner.memory import memory
     from megasd.planner.search import faults
 
@@ -55,15 +55,14 @@ def estimate(config: Config, nodes: Nodes, gpu: str | None) -> Timing | None:
         of_length = dataclasses.replace(scenario, assumed=assumed)
         return duration(of_length, memory(of_length), with_sync=False)
 
-    full = of(1.0)
-    copies = 1 + (config.teacher.weights in ("snapshot", "ema"))
-    size = total_parameters(scenario.model) * (copies * scenario.dtype_bytes + BYTES_OF_OPTIMIZER)
+    full, mean = of(1.0), of(scenario.assumed.mean_length)
     return Timing(
         gpu=known.name,
-        step=of(scenario.assumed.mean_length).total,
+        step=mean.total,
         shortest_step=of(SHORT).total,
         longest_work=full.score + full.update,
-        save=size / (nodes.train * WRITE_BYTES_PER_SECOND),
+        save=checkpoint_bytes(scenario) / (nodes.train * scenario.assumed.storage_gb * GB),
+        deadlines=tuple(deadlines(scenario, mean)),
     )
 
 
@@ -117,9 +116,4 @@ def check_times(timing: Timing, config: Config, site: Site) -> tuple[list[str], 
             f"{shown(between)}, {on}, and a job has {shown(limit - lead)}: one that crashes loses "
             f"all of it; {remedy}"
         )
-    return [], warnings
-
-
-def shown(time: float) -> str:
-    """Seconds, or hours where they are many."""
-    return f"{time:,.0f} s" if time < 7200 else f"{time / 3600:.1f} h"
+    return [], [*warnings, *(f"{said} ({on})" for said in timing.deadlines)]

@@ -76,6 +76,7 @@ def make_plan(
     `suggest` False leaves out the search for other layouts, which takes seconds.
     """
     from megasd.configuration.load import COMMAND_LINE, ConfigError, load_config
+    from megasd.planner.around import around
     from megasd.planner.duration import duration
     from megasd.planner.hardware import parse_gpus
     from megasd.planner.memory import memory
@@ -93,12 +94,14 @@ def make_plan(
     scenario, notes = scenario_of(config, machine, assumed)
     found = faults(scenario)
     held = None if found else memory(scenario)
+    time = None if held is None else duration(scenario, held)
     return Plan(
         scenario=scenario,
         notes=notes,
         faults=found,
         memory=held,
-        duration=None if held is None else duration(scenario, held),
+        duration=time,
+        around=None if held is None or time is None else around(scenario, held, time),
         layouts=best_layouts(scenario) if suggest else [],
     )
 

@@ -77,6 +77,9 @@ class Assumptions:
     round_seconds: float = 0.0005  # a gather, a merge, a broadcast
     tensor_seconds: float = 250e-6  # the engine's Python for one tensor that it loads
     engine_cycle_seconds: float = 2.0  # a colocated engine falls asleep and wakes up
+    # beside the GPUs, GB per second
+    storage_gb: float = 1.0  # of one node, into the file system of the checkpoints
+    host_gb: float = 20.0  # of one GPU, into the memory of its node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +108,8 @@ def parse_gpus(text: str) -> Machine:
             + ", ".join(GPUS)
         )
     return Machine(gpu=GPUS[match[1].upper()], count=int(match[2]))
+
+
+def shown(time: float) -> str:
+    """Seconds, or hours where they are many."""
+    return f"{time:,.0f} s" if time < 7200 else f"{time / 3600:.1f} h"

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megasd.planner.around import Around
 from megasd.planner.buffers import total_parameters
 from megasd.planner.duration import Duration
-from megasd.planner.hardware import GIB, TERA
+from megasd.planner.hardware import GB, GIB, GPUS_PER_NODE, TERA, shown
 from megasd.planner.memory import Memory, Scenario
 from megasd.planner.search import Layout
 
@@ -20,6 +21,7 @@ class Plan:
     faults: list[str]
     memory: Memory | None
     duration: Duration | None
+    around: Around | None
     layouts: list[Layout]
 
     @property
@@ -43,6 +45,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "seconds_per_step": {} if time is None else time.phases,
         "seconds_of_update": {} if time is None else _parts(time),
         "mfu_of_update": None if time is None else time.mfu,
+        "around": {} if plan.around is None else asdict(plan.around),
         "layouts": [
             {
                 "overrides": layout.overrides,
@@ -66,11 +69,11 @@ def _parts(time: Duration) -> dict[str, float]:
 
 def as_text(plan: Plan) -> str:
     lines = [*_header(plan), ""]
-    if plan.memory is None or plan.duration is None:
+    if plan.memory is None or plan.duration is None or plan.around is None:
         lines += ["It cannot run as it is:", *(f"  {fault}" for fault in plan.faults)]
     else:
         lines += [*_verdict(plan.memory), "", *_kinds(plan.memory), ""]
-        lines += _phases(plan.memory, plan.duration)
+        lines += [*_phases(plan.memory, plan.duration), "", *_around(plan.scenario, plan.around)]
     lines += ["", *_layouts(plan.layouts), "", *_assumptions(plan.scenario)]
     return "\n".join(lines)
 
@@ -114,6 +117,19 @@ def _phases(held: Memory, time: Duration) -> list[str]:
     parts = ", ".join(f"{name} {value:.1f}" for name, value in _parts(time).items())
     said = f"of the update: {parts} seconds; {time.mfu:.0%} of the peak is the model's own products"
     return [*table([("phase", "GiB", "seconds"), *rows]), said]
+
+
+def _around(scenario: Scenario, found: Around) -> list[str]:
+    ranks = min(scenario.machine.count, GPUS_PER_NODE)
+    return [
+        f"{scenario.config.run.steps} steps take {shown(found.run_seconds)} without evaluations",
+        f"a checkpoint is {found.checkpoint_bytes / GB:,.0f} GB, at most "
+        f"{found.kept_bytes / GB:,.0f} GB on the disk; training stands still for "
+        f"{shown(found.pausing_seconds)}, files are written for {shown(found.writing_seconds)}",
+        f"a node needs {found.host_bytes / GB:,.0f} GB of its own memory for it and for the "
+        f"rollouts, of which each of {ranks} ranks hears all: {found.rollout_bytes / GB:.2f} GB",
+        *found.warnings,
+    ]
 
 
 def _layouts(layouts: Sequence[Layout]) -> list[str]:

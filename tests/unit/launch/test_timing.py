@@ -75,6 +75,17 @@ def test_the_planner_says_how_long_the_shipped_jobs_take() -> None:
     assert estimate(on_cpu, NODES, "H200") is None
 
 
+def test_a_deadline_of_the_run_that_a_step_outlasts_is_said_before_the_job() -> None:
+    items = ["run.device=cuda", "parallel.timeout_seconds=60"]
+    config = load_config(ROOT / "configs/jobs/rlsd_8b_1node.yaml", items)
+    timing = estimate(config, NODES, "H200")
+    assert timing is not None
+    site = Site(signal_lead_seconds=3600)
+    (said,) = warnings(site, config, timing)
+    assert said.startswith("parallel.timeout_seconds: at full length a pass over the batch takes")
+    assert said.endswith("(by the planner's estimate for H200)")
+
+
 @pytest.mark.parametrize("nodes", [1, 4])
 def test_saves_are_shared_by_the_nodes(nodes: int) -> None:
     config = load_config(ROOT / "configs/jobs/rlsd_8b_1node.yaml", ["run.device=cuda"])
