@@ -57,26 +57,15 @@ def faults_with_experts(folder: Path) -> dict[str, bool]:
     }
 
 
-def steps_and_traffic(
-    folder: Path, settings: Mapping[str, Any], ddp: Mapping[str, Any]
-) -> dict[str, Any]:
+def steps_and_traffic(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Three steps, the second over a single rollout, and what travels in each.
 
-    `ddp`: what Megatron's DDP is told otherwise. The last step's old log-probs are known.
+    The last step's old log-probs are known.
     """
-    from megasd.policy import backend
-
-    backend.start("cpu")
-    from megasd.policy.megatron import build
-
+    policy = make_policy(folder, settings)
+    fewest = fewest_tokens(policy.state.gpt)
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        config = build.DistributedDataParallelConfig
-        patch.setattr(
-            build, "DistributedDataParallelConfig", lambda **given: config(**{**given, **ddp})
-        )
-        policy = make_policy(folder, settings)
-        fewest = fewest_tokens(policy.state.gpt)
         events = note_traffic(patch, policy.state.ddp)
         for step, share in enumerate((slice(6), slice(1, 2), slice(6))):
             views = random_views(step, count=6, vocab=100)[share]

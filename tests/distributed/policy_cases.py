@@ -99,45 +99,56 @@ def batch_and_credit(
 
 
 def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """A policy on this rank; `settings` may set what `parallel` has, and other sections' keys."""
+    """A policy on this rank; `settings` may set what `parallel` has, and other sections' keys.
+
+    `ddp` among them: what Megatron's DDP is told otherwise.
+    """
     from megasd.policy import backend
     from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 
     started = backend.start(settings.get("device", "cpu"))
+    from megasd.policy.megatron import build
     from megasd.policy.policy import Policy
 
-    return Policy(
-        model=ModelConfig(
-            path=str(folder),
-            dtype=settings.get("dtype", "float32"),
-            recompute=settings.get("recompute", "none"),
-            head_chunk_tokens=settings.get("chunk", 7),
-        ),
-        parallel=ParallelConfig(
-            tensor=settings.get("tensor", 1),
-            pipeline=settings.get("pipeline", 1),
-            sequence=settings.get("sequence", False),
-            expert=settings.get("expert", 1),
-            expert_tensor=settings.get("expert_tensor"),
-        ),
-        optimizer=OptimizerConfig(
-            lr=LEARNING_RATE,
-            weight_decay=settings.get("weight_decay", 0.0),
-            betas=settings.get("betas", (0.9, 0.999)),
-            eps=settings.get("eps", 1e-8),
-            clip_grad_norm=settings.get("clip", 1.0),
-            max_tokens_per_microbatch=settings.get("max_tokens", 96),
-            warmup_steps=settings.get("warmup", 0),
-            schedule=settings.get("schedule", "constant"),
-        ),
-        teacher=TeacherConfig(**settings.get("teacher", {})),
-        backend=started,
-        temperature=settings.get("temperature", 1.0),
-        mismatch=MismatchConfig(level="off"),
-        total_steps=settings.get("total_steps", 10),
-        seed=0,
-        roles=settings.get("roles", ()),
-    )
+    config = build.DistributedDataParallelConfig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            build,
+            "DistributedDataParallelConfig",
+            lambda **given: config(**{**given, **settings.get("ddp", {})}),
+        )
+        return Policy(
+            model=ModelConfig(
+                path=str(folder),
+                dtype=settings.get("dtype", "float32"),
+                recompute=settings.get("recompute", "none"),
+                head_chunk_tokens=settings.get("chunk", 7),
+            ),
+            parallel=ParallelConfig(
+                tensor=settings.get("tensor", 1),
+                pipeline=settings.get("pipeline", 1),
+                sequence=settings.get("sequence", False),
+                expert=settings.get("expert", 1),
+                expert_tensor=settings.get("expert_tensor"),
+            ),
+            optimizer=OptimizerConfig(
+                lr=LEARNING_RATE,
+                weight_decay=settings.get("weight_decay", 0.0),
+                betas=settings.get("betas", (0.9, 0.999)),
+                eps=settings.get("eps", 1e-8),
+                clip_grad_norm=settings.get("clip", 1.0),
+                max_tokens_per_microbatch=settings.get("max_tokens", 96),
+                warmup_steps=settings.get("warmup", 0),
+                schedule=settings.get("schedule", "constant"),
+            ),
+            teacher=TeacherConfig(**settings.get("teacher", {})),
+            backend=started,
+            temperature=settings.get("temperature", 1.0),
+            mismatch=MismatchConfig(level="off"),
+            total_steps=settings.get("total_steps", 10),
+            seed=0,
+            roles=settings.get("roles", ()),
+        )
 
 
 def weights_of(policy: Any) -> dict[str, np.ndarray]:

@@ -18,7 +18,8 @@ LAYOUTS = {
     "TP2 SP PP2": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "EP2": (2, {"expert": 2}),
     "TP2 SP EP2": (4, {"tensor": 2, "sequence": True, "expert": 2}),
-    "PP2 EP2": (4, {"pipeline": 2, "expert": 2}),
+    # On the first stage parameters and gradients in many buckets, as those of large models are.
+    "PP2 EP2": (4, {"pipeline": 2, "expert": 2, "ddp": {"bucket_size": 2000}}),
 }
 TEACHERS = {
     "ema": {"weights": "ema", "decay": 0.5},

@@ -279,7 +279,12 @@ def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_
     """
     settings = layout | {"clip": 0.0, "max_tokens": 48}  # several micro-batches
     plain, cut = (
-        ranks.run(megatron_cases.steps_and_traffic, folders[model], settings, ddp, world_size=2)
+        ranks.run(
+            megatron_cases.steps_and_traffic,
+            folders[model],
+            settings | {"ddp": ddp},
+            world_size=2,
+        )
         for ddp in ({"overlap_grad_reduce": False}, {"bucket_size": 3000})
     )
     for rank, (one, other) in enumerate(zip(plain, cut, strict=True)):
