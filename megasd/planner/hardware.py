@@ -76,6 +76,7 @@ class Assumptions:
     # speed of a weight sync
     round_seconds: float = 0.0005  # a gather, a merge, a broadcast
     tensor_seconds: float = 250e-6  # the engine's Python for one tensor that it loads
+    expert_seconds: float = 20e-6  # and for an expert's, on its way into a stack
     engine_cycle_seconds: float = 2.0  # a colocated engine falls asleep and wakes up
     # beside the GPUs, GB per second
     storage_gb: float = 1.0  # of one node, into the file system of the checkpoints

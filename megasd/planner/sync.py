@@ -43,13 +43,17 @@ def sync_seconds(found: Traffic, sizes: Sizes, gpus: int, links: Links) -> float
 
 def reload_seconds(model: Model, rollout: RolloutConfig, assumed: Assumptions) -> float:
     """What an engine does for each tensor that one of its workers loads, whatever its size; and
-    of a colocated one, falling asleep and waking up."""
+    of a colocated one, falling asleep and waking up.
+
+    Experts are put into stacks, and a stack of each projection of a layer is loaded like a tensor.
+    """
     if rollout.engine != "vllm":
         return 0.0
-    of_experts = model.layers * model.experts * 3
-    tensors = len(model.table.hf_shapes()) - of_experts
-    tensors += of_experts / (rollout.vllm.tensor if rollout.vllm.expert_parallel else 1)
+    stacks = model.layers * 3 if model.experts else 0
+    loaded = len(model.table.hf_shapes()) - stacks * model.experts + stacks
+    experts = stacks * model.experts / (rollout.vllm.tensor if rollout.vllm.expert_parallel else 1)
+    seconds = loaded * assumed.tensor_seconds + experts * assumed.expert_seconds
     if rollout.vllm.quantization == "fp8":
-        tensors *= 2  # and its scales
+        seconds *= 2  # and its scales
     cycle = assumed.engine_cycle_seconds if rollout.vllm.placement == "colocated" else 0.0
-    return tensors * assumed.tensor_seconds + cycle
+    return seconds + cycle

@@ -13,6 +13,7 @@ from megasd.planner.duration import Duration, duration
 from megasd.planner.memory import Memory, Scenario, memory
 from megasd.planner.passes import Pass
 from megasd.planner.published import PHASES, STEPS, Step
+from megasd.planner.sync import reload_seconds
 
 LLAMA, EXPERTS, DENSE = STEPS
 
@@ -147,3 +148,20 @@ def test_the_products_of_a_pass_are_those_of_the_model() -> None:
     again = Pass.over(start, forwards=2, backwards=1)
     more = 2 * tokens * (layers + attention) / 4 / 0.9 / share
     assert again.compute_seconds(start) == pytest.approx(compute + more, rel=1e-6)
+
+
+def test_an_engine_loads_stacks_of_experts_and_each_expert_into_its_stack() -> None:
+    """30B-A3B: 435 tensors beside 3 stacks in each of 48 layers, of 128 experts each."""
+    one = scenario(EXPERTS)
+
+    def seconds(**vllm: Any) -> float:
+        config = changed(one, "rollout.vllm", placement="server", **vllm).config
+        return reload_seconds(one.model, config.rollout, one.assumed)
+
+    calls, experts = (
+        (435 + 144) * one.assumed.tensor_seconds,
+        144 * 128 * one.assumed.expert_seconds,
+    )
+    assert seconds(tensor=4) == pytest.approx(calls + experts)
+    assert seconds(tensor=4, expert_parallel=True) == pytest.approx(calls + experts / 4)
+    assert seconds(tensor=4, quantization="fp8") == pytest.approx(2 * (calls + experts))
