@@ -276,6 +276,7 @@ def steps_and_gradients(folder: Path, settings: Mapping[str, Any]) -> list[dict[
     """Three steps on one rank: weights before and after, and the gradients between them."""
     policy = make_policy(folder, settings)
     views = random_views(5, count=6, vocab=100)
+    device = settings.get("device", "cpu")
     prepare, gradients = policy.state.optimizer.prepare_grads, {}
 
     def prepare_and_note() -> bool:
@@ -288,7 +289,7 @@ def steps_and_gradients(folder: Path, settings: Mapping[str, Any]) -> list[dict[
     policy.state.optimizer.prepare_grads = prepare_and_note
     steps = []
     for step in range(3):
-        batch, credit = batch_and_credit(views, seed=step)
+        batch, credit = batch_and_credit(views, seed=step, device=device)
         before = weights()
         done = policy.update(views, offsets_of(views), batch, credit, PlainLoss(), minibatch=0)
         steps.append(

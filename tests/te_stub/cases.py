@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.distributed import methods_cases
 from tests.distributed import policy_cases as cases
@@ -57,6 +58,18 @@ def what_it_is_made_of(folder: Path, settings: Mapping[str, Any]) -> dict[str, A
         "scored": scored,
         "learned": learned,
     }
+
+
+def steps_without_fusion(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`policy_cases.steps_and_gradients` of layers that leave their gradients to Megatron's DDP."""
+    stand_in.start()
+    from megasd.policy.megatron import build
+
+    config = build.TransformerConfig
+    with pytest.MonkeyPatch.context() as patch:
+        plain = {"gradient_accumulation_fusion": False}
+        patch.setattr(build, "TransformerConfig", lambda **given: config(**{**given, **plain}))
+        return cases.steps_and_gradients(folder, settings)
 
 
 def _launched(run: Callable[[], Any]) -> Counter[str]:

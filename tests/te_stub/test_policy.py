@@ -1,5 +1,6 @@
 """A policy of Transformer Engine's layers: its own Python and Megatron's, kernels in torch."""
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -143,6 +144,30 @@ def test_recomputed_layers_learn_the_same(
         assert one["metrics"] == other["metrics"]
         for name, gradient in one["gradients"].items():
             assert torch.equal(gradient, other["gradients"][name]), name
+
+
+def test_layers_add_their_weights_gradients_to_the_float32_buffer_themselves(
+    folders: Mapping[str, Path], te: Ranks
+) -> None:
+    """Attention and experts; the same sums, which in bfloat16 nothing rounds on their way."""
+    folder, many = folders["qwen3_moe"], {"max_tokens": 60}
+    plain = (cases.steps_without_fusion, folder, many)
+    (apart,) = te.run(with_transformer_engine, *plain, world_size=1)
+    case = policy_cases.steps_and_gradients
+    (fused,) = te.run(with_transformer_engine, case, folder, many, world_size=1)
+    for one, other in zip(apart, fused, strict=True):
+        for name, gradient in one["gradients"].items():
+            assert torch.equal(other["gradients"][name], gradient), name
+    single = {"dtype": "bfloat16", "max_tokens": 500}
+    ((first, *_),) = te.run(with_transformer_engine, case, folder, single, world_size=1)
+    rounded = {
+        name: torch.equal(gradient, gradient.bfloat16().float())
+        for name, gradient in first["gradients"].items()
+        if ".layers." in name
+    }
+    for name, is_rounded in rounded.items():
+        is_of_a_product = re.search(r"linear_\w+\.weight\d*$", name) is not None
+        assert is_rounded != is_of_a_product, name
 
 
 @pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
