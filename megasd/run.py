@@ -180,6 +180,7 @@ def _assemble(
     scorer = None
     if judges:
         scorer = stack.enter_context(Scorer(config.reward, config.data.answer_pattern))
+    policy.park()  # engines measure what is free as they start
     engines = _fleet(config, data, policy, folder)
     stack.callback(engines.close)
     source = _solutions(config, data, spread) if config.algorithm.needs.solutions else engines
@@ -295,6 +296,7 @@ def _build_policy(config: Config, started: backend.Backend) -> "Policy":
             world_size=dist.get_world_size(),
             is_cuda=started.is_cuda,
         ),
+        parks=config.rollout.engine == "vllm" and config.rollout.vllm.park_trainer,
     )
 
 

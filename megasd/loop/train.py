@@ -13,7 +13,7 @@ from megasd.loop.reading import Reader, step_metrics
 from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
 from megasd.policy.policy import Policy
-from megasd.process import interrupt
+from megasd.process import interrupt, together
 from megasd.rollout.fleet import Fleet
 
 
@@ -48,9 +48,18 @@ def train(job: Job) -> bool:
             _train(job)
     except interrupt.StopError:
         with job.phases("checkpoint"):
+            _take_back_memory(job)
             job.checkpoints.save_last_step()
         return False
     return True
+
+
+def _take_back_memory(job: Job) -> None:
+    """Where the trainer's is lent: from engines that may be in the middle of anything."""
+    if job.policy.is_parked:
+        job.engines.close()
+        together.meet()  # one of the ranks of an engine has its process
+        job.policy.unpark()
 
 
 def _train(job: Job) -> None:
@@ -60,6 +69,7 @@ def _train(job: Job) -> None:
         evaluates = job.evaluator.is_due(step)
         if job.engines.feeds_training or evaluates:
             with phases("sync"):
+                policy.park()
                 job.engines.send(policy)
         if evaluates:
             with phases("evaluation"):
@@ -71,6 +81,7 @@ def _train(job: Job) -> None:
 
         # Student and teacher read the same response tokens after different contexts.
         with phases("score"):
+            policy.unpark()
             batch, scored = job.reader.read(experience, step)
             interrupt.raise_if_asked_anywhere()  # the last time that the step can be given up
             credit = algorithm.assign_credit(batch, step)
@@ -98,6 +109,7 @@ def _train(job: Job) -> None:
 
     if job.evaluates_at_end:
         with phases("sync"):
+            policy.park()
             job.engines.send(policy)
         with phases("evaluation"):
             values = job.evaluator.evaluate(job.steps)

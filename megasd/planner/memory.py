@@ -51,6 +51,7 @@ class Memory:
     context: int
     nccl: int
     margin: int  # fragmentation, where the trainer allocates most
+    parked: int  # of the trainer's, in host memory or freed while engines sample
     engine_claim: int  # what vLLM wants free when it starts
     cache_room: int  # for keys and values on each GPU of an engine, here or on nodes of its own
     cache_needed: int  # of it, by one longest sequence
@@ -73,9 +74,10 @@ class Memory:
         trainer = self.standing + self.margin
         asleep = trainer + self.engine_asleep
         engine = self.engine_asleep + self.engine_weights
+        left = trainer - self.parked
         return {
-            "sync": trainer + engine + self.sync_buckets,
-            "rollout": trainer + max(engine + self.engine_cache, self.engine_claim),
+            "sync": left + engine + self.sync_buckets,
+            "rollout": left + max(engine + self.engine_cache, self.engine_claim),
             "score": asleep + self.batch + self.scoring,
             "update": asleep + self.batch + self.learning,
         }
@@ -90,7 +92,7 @@ class Memory:
 
     @property
     def kinds(self) -> dict[str, int]:
-        others = ("stage", "capacity", "engine_claim", "cache_room", "cache_needed")
+        others = ("stage", "capacity", "parked", "engine_claim", "cache_room", "cache_needed")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
     @property
@@ -200,7 +202,10 @@ def stage_memory(scenario: Scenario, stage: int) -> Memory:
     }
     rounded = {name: int(value) for name, value in parts.items()}
     capacity = scenario.machine.gpu.memory_bytes
-    bare = Memory(stage=stage, margin=0, capacity=capacity, **rounded)
+    parked = rounded["gradients"] + rounded["optimizer"] + rounded["teacher"]
+    if not (scenario.has_vllm_here and config.rollout.vllm.park_trainer):
+        parked = 0
+    bare = Memory(stage=stage, margin=0, parked=parked, capacity=capacity, **rounded)
     trainer = bare.weights + bare.gradients + bare.optimizer + bare.teacher + bare.batch
     moving = max(bare.learning, bare.scoring)
     return replace(bare, margin=int(assumed.fragmentation * (trainer + moving)))
@@ -225,7 +230,8 @@ def _teacher(scenario: Scenario, held: Held, stage: int) -> int:
     """policy/teacher.py: copies of the parameters; ema in float32, cut over the data-parallel ranks
     like one of the optimizer's states; a teacher of its own."""
     config, e = scenario.config, scenario.dtype_bytes
-    kept = held.parameters * e if "reference" in config.algorithm.needs.teachers else 0
+    is_kept = "reference" in config.algorithm.needs.teachers and config.teacher.weights != "frozen"
+    kept = held.parameters * e if is_kept else 0
     match config.teacher.weights:
         case "live":
             return kept

@@ -79,14 +79,18 @@ def _engine_faults(scenario: Scenario) -> list[str]:
 
 def best_layouts(scenario: Scenario, *, most: int = 5) -> list[Layout]:
     """The `most` that fit and take the fewest seconds times GPUs, one for each way to cut the
-    policy: with engines beside it, else those in FP8; and with engines on nodes of their own."""
+    policy: with engines beside it, else beside what is left of it when its memory is lent to them,
+    else those in FP8; and with engines on nodes of their own."""
     config, vllm = scenario.config, scenario.config.rollout.vllm
     found = _search(scenario, config)
     servers: list[Layout] = []
     if scenario.has_vllm_here:
+        lent = replace(vllm, park_trainer=True)
+        if not found and not vllm.park_trainer:
+            found = _search(scenario, _with_vllm(config, lent))
         in_fp8 = not found and vllm.quantization == "none"
         if in_fp8:
-            found = _search(scenario, _with_vllm(config, replace(vllm, quantization="fp8")))
+            found = _search(scenario, _with_vllm(config, replace(lent, quantization="fp8")))
         servers = sorted(_with_servers(scenario, most), key=_rank(scenario))
         if in_fp8:  # which samples from other weights: what does not is shown, whatever it costs
             most -= min(1, len(servers))
@@ -115,6 +119,7 @@ def _servers(scenario: Scenario) -> Iterator[Config]:
             vllm = replace(
                 config.rollout.vllm,
                 placement="server",
+                park_trainer=False,
                 engines=more * GPUS_PER_NODE // tensor,
                 tensor=tensor,
                 expert_parallel=bool(scenario.model.experts) and tensor > 1,
@@ -209,7 +214,7 @@ def _engines(scenario: Scenario) -> Iterator[Config]:
             continue
         empty = _with_vllm(config, replace(vllm, gpu_memory_utilization=0.0, kv_cache_gib=0.0))
         held = memory(replace(scenario, config=empty))
-        room = held.capacity - held.standing - held.margin
+        room = held.capacity - held.standing - held.margin + held.parked
         share = next((share for share in SHARES if share * held.capacity <= room), None)
         if share is not None:
             yield _with_vllm(config, replace(vllm, gpu_memory_utilization=share))

@@ -15,6 +15,7 @@ from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, T
 from megasd.policy.load import load_model
 from megasd.policy.megatron.buckets import buckets_of
 from megasd.policy.megatron.build import build_optimizer, start_parallel, wrap
+from megasd.policy.parking import Parking, gradients, optimizer_state
 from megasd.policy.schedule import learning_rate
 from megasd.policy.score import score
 from megasd.policy.sequences import assign_owners
@@ -46,10 +47,12 @@ class Policy:
         roles: Sequence[str] = (),
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         receivers: int = 1,
+        parks: bool = False,
     ) -> None:
         """Build, read the weights from `model.path`, make the optimizer for `total_steps` steps.
 
         `roles` are those that `score_teacher` will be asked for: their weights are kept.
+        `parks`: whether `park` is to do anything.
         `bucket_bytes` and `receivers` are those of the `ReshardPlan` that feeds the engines.
         """
         self.seed = seed
@@ -81,11 +84,17 @@ class Policy:
         )
         self.buckets = buckets_of(ddp)
         self.teacher = TeacherWeights(teacher, self.buckets)
-        # Read anew from `model.path` in every start of a run: no checkpoint holds it.
-        self._reference = TeacherWeights(REFERENCE, self.buckets) if "reference" in roles else None
+        self._reference: TeacherWeights | None = None
+        if "reference" in roles:
+            # Read anew from `model.path` in every start of a run: no checkpoint holds it.
+            is_teacher = teacher.weights == "frozen"
+            self._reference = (
+                self.teacher if is_teacher else TeacherWeights(REFERENCE, self.buckets)
+            )
         self._other_model = (
             self._load_other(teacher, model, limits) if teacher.weights == "checkpoint" else None
         )
+        self._parking = Parking(pinned=backend.is_cuda) if parks else None
         self._learning_rate = partial(learning_rate, optimizer, total_steps=total_steps)
         self.version = 0  # optimizer steps that changed the weights: the place in the schedule
         self.skipped_steps = 0  # optimizer steps whose loss or gradient was not finite
@@ -142,27 +151,47 @@ class Policy:
     ) -> dict[str, Scores]:
         """The same of several roles; those with the same weights are read while these are there."""
         found: dict[str, Scores] = {}
-        for of_reference in (False, True):
-            roles = [role for role in views if (role == "reference") == of_reference]
-            if not roles:
-                continue
-            weights = self._reference if of_reference else self.teacher
-            assert weights is not None, "the policy was not told of role reference"
-            state, stay = self.state, weights.stay
-            if self._other_model is not None and not of_reference:
-                state, stay = self._other_model, True
-            with weights.swapped_in():
-                for role in roles:
+        weights = {role: self._weights_of(role) for role in views}
+        for kept in dict.fromkeys(weights.values()):
+            other = self._other_model if kept is self.teacher else None
+            with kept.swapped_in():
+                for role in (role for role in views if weights[role] is kept):
                     found[role] = score(
-                        state,
+                        other or self.state,
                         views[role],
                         offsets,
                         temperature=self.temperature,
                         reads=reads.get(role),
                         owners=owners,
-                        weights_stay=stay,
+                        weights_stay=kept.stay or other is not None,
                     )
         return {role: found[role] for role in views}
+
+    def _weights_of(self, role: str) -> TeacherWeights:
+        weights = self._reference if role == "reference" else self.teacher
+        assert weights is not None, f"the policy was not told of role {role}"
+        return weights
+
+    def park(self) -> None:
+        """Until `unpark`, gradients, the optimizer's state and what is kept of teachers take none
+        of the device's memory. The weights stay: they can be sent, and read with."""
+        if self._parking is None or self.is_parked:
+            return
+        other = self._other_model.gpt.parameters() if self._other_model is not None else ()
+        kept = [*self.teacher.kept, *(self._reference.kept if self._reference else ())]
+        self._parking.park(
+            keep=[*optimizer_state(self.state), *kept, *(p.detach() for p in other)],
+            drop=gradients(self.state),
+        )
+
+    @property
+    def is_parked(self) -> bool:
+        return self._parking is not None and self._parking.is_full
+
+    def unpark(self) -> None:
+        """Everything is as it was; gradients are 0."""
+        if self._parking is not None:
+            self._parking.restore()
 
     def score_plainly(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probs [T - 1] at temperature 1 of every token but the first of each [T] sequence."""

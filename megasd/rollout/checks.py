@@ -95,6 +95,11 @@ def _placement(
 ) -> list[str]:
     vllm = rollout.vllm
     if vllm.placement == "server":
+        if vllm.park_trainer:
+            return [
+                "rollout.vllm.park_trainer: engines on servers have GPUs of their own, and use "
+                "nothing of the trainer's; leave it out"
+            ]
         if vllm.engines <= world_size:
             return []
         return [

@@ -18,6 +18,8 @@ class VLLMConfig:
     quantization: Literal["none", "fp8"] = "none"  # fp8: blocks of 128 x 128, scales travel along
     gpu_memory_utilization: float = 0.6  # share of a GPU's memory for weights and cache
     kv_cache_gib: float | None = None  # of one GPU, or of the CPU (null there: 1)
+    park_trainer: bool = False
+    # colocated: while engines sample, gradients are freed and optimizer and teacher in host memory
     max_sequences: int = 256  # decoded at the same time by one engine
     start_timeout_seconds: int = 1800  # large models with cold caches compile for long
     timeout_seconds: int = 600  # in which an engine gets nothing done, before it is replaced

@@ -148,6 +148,7 @@ def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
             total_steps=settings.get("total_steps", 10),
             seed=0,
             roles=settings.get("roles", ()),
+            parks=settings.get("parks", False),
         )
 
 

@@ -57,6 +57,29 @@ def test_a_resumed_run_repeats_every_bit(
         np.testing.assert_equal(other, one, err_msg=f"{layout}, rank {rank}")
 
 
+def test_a_trainer_whose_memory_is_lent_between_steps_learns_the_same_to_the_bit(
+    experts: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Dense parameters and experts, masters beside the weights, an average, a reference."""
+    settings = {"expert": 2, "dtype": "bfloat16", "teacher": TEACHERS["ema"]}
+    settings |= {"roles": ("reference",)}
+    plain, lent = (
+        ranks.run(
+            cases.lend_memory_between_steps,
+            *(experts, tmp_path, settings | {"parks": parks}),
+            world_size=2,
+        )
+        for parks in (False, True)
+    )
+    for one, other in zip(plain, lent, strict=True):
+        whole, *pairs = other.pop("held")
+        assert one.pop("held") == [whole] * 7
+        assert pairs[1::2] == [whole] * 3
+        assert pairs[::2] == [dict.fromkeys(whole, 0) | {"weights": whole["weights"]}] * 3
+        assert all(size > 0 for size in whole.values())
+        np.testing.assert_equal(other, one)
+
+
 def test_a_run_resumed_with_more_steps_follows_the_schedule_of_its_own_configuration(
     folder: Path, tmp_path: Path, ranks: Ranks
 ) -> None:

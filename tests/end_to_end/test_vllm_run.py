@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm"),
 ]
 ENGINE = ("rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.25", "rollout.sync.bucket_mib=1")
+BESIDE = (*ENGINE, "rollout.vllm.park_trainer=true")
 
 
 def test_a_run_samples_with_vllm_on_a_server(tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_a_run_samples_with_vllm_on_a_server(tmp_path: Path) -> None:
 def test_a_run_samples_with_vllm_beside_the_trainer(tmp_path: Path) -> None:
     folder = workspace.make(tmp_path, head_dim=32)
     config, run = workspace.config(folder, "run", steps=3), folder / "run"
-    done = workspace.train(config, *ENGINE)
+    done = workspace.train(config, *BESIDE)
     assert done.returncode == 0, done.stderr
     check(run)
 

@@ -107,3 +107,37 @@ def test_every_method_trains_on_a_gpu(folder: Path) -> None:
     for name, steps in methods_cases.train_methods(folder, settings, methods()).items():
         assert np.isfinite(steps).all(), name
         assert all(norm > 0 for _, norm in steps), name
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_trainers_memory_is_lent_and_comes_back_to_the_bit(experts: Path) -> None:
+    """Gradients, masters, moments and a kept teacher leave the GPU, and steps go on."""
+    from megasd.policy.parking import optimizer_state
+
+    settings = {"dtype": "bfloat16", "device": "cuda", "max_tokens": 200, "parks": True}
+    policy = cases.make_policy(experts, {**settings, "teacher": {"weights": "frozen"}})
+    views = cases.random_views(5, count=11, vocab=120)
+    batch, credit = cases.batch_and_credit(views, seed=1, device="cuda")
+    for _ in range(2):
+        offsets, loss = cases.offsets_of(views), cases.PlainLoss()
+        done = policy.update(views, offsets, batch, credit, loss, minibatch=0)
+        assert done.outcome == "stepped"
+        state = [*optimizer_state(policy.state), *policy.teacher.kept]
+        bits = [tensor.cpu() for tensor in state]
+        before = torch.cuda.memory_allocated()
+        policy.park()
+        freed = before - torch.cuda.memory_allocated()
+        # 4 bytes of a gradient, 12 of the optimizer, 2 of the teacher.
+        assert freed >= 18 * sum(p.numel() for p in policy.parameters.values())
+        policy.unpark()
+        assert torch.cuda.memory_allocated() == before
+        assert all(torch.equal(*pair) for pair in zip(bits, (t.cpu() for t in state), strict=True))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_kept_teacher_takes_the_policys_place_without_memory(folder: Path) -> None:
+    settings = {"dtype": "bfloat16", "device": "cuda", "teacher": {"weights": "frozen"}}
+    policy = cases.make_policy(folder, settings)
+    before = torch.cuda.memory_allocated()
+    with policy.teacher.swapped_in():
+        assert torch.cuda.memory_allocated() == before

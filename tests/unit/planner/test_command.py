@@ -146,8 +146,13 @@ def test_a_layout_that_is_impossible_is_named_and_others_are_suggested() -> None
 def test_where_nothing_fits_beside_the_engines_lighter_ones_are_suggested_and_their_own_nodes() -> (
     None
 ):
-    """235B in bfloat16 is 55 GiB on each GPU of a node: too much beside a trainer on 79."""
+    """235B in bfloat16 is 55 GiB on each GPU of a node: too much beside a trainer on 79, unless its
+    memory is lent to them, and there is not much else on the GPU."""
     layouts = make_plan([RLSD], gpus="H100:256", model="235B-A22B").layouts
+    assert {one.overrides["rollout.vllm.park_trainer"] for one in layouts} == {True}
+    assert not any("rollout.vllm.quantization" in one.overrides for one in layouts)
+    fuller = make_plan([RLSD], gpus="H100:256", model="235B-A22B", assume=["context_gib=14"])
+    layouts = fuller.layouts
     *here, alone = (layout.overrides for layout in layouts)
     assert {one["rollout.vllm.quantization"] for one in here} == {"fp8"}
     assert alone["rollout.vllm.placement"] == "server"
@@ -198,6 +203,17 @@ def test_bytes_follow_the_layout_the_teacher_and_the_recomputation() -> None:
     assert one["engine_asleep"] == 0
     wide = held("optimizer.max_tokens_per_microbatch=40960")["head"]
     assert base["head"] < wide < 2 * base["head"]  # a gradient of its weight, two blocks of logits
+
+
+def test_what_is_parked_is_room_for_engines_and_comes_back_before_the_scores() -> None:
+    def peaks(*items: str) -> dict[str, int]:
+        return as_values(make_plan([RLSD, *items], gpus="H200:8", suggest=False))["peak_bytes"]
+
+    kinds, plain = held(), peaks()
+    parked = peaks("rollout.vllm.park_trainer=true")
+    given = kinds["gradients"] + kinds["optimizer"] + kinds["teacher"]
+    for phase, peak in plain.items():
+        assert peak - parked[phase] == (given if phase in ("sync", "rollout") else 0)
 
 
 def test_a_microbatch_is_no_longer_than_what_a_replica_reads() -> None:

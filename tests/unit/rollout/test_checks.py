@@ -65,6 +65,11 @@ def test_what_can_run_is_not_complained_about(vllm: dict[str, Any] | None) -> No
         ({"tensor": 8}, {}, "rollout.vllm.tensor: 8 does not divide the 4 ranks of a pipeline"),
         ({"engines": 2}, {}, "rollout.vllm.engines: colocated engines fill the trainer's GPUs"),
         ({"placement": "server", "engines": 9}, {}, "rollout.vllm.engines: 9 engines need as many"),
+        (
+            {"placement": "server", "park_trainer": True},
+            {},
+            "park_trainer: engines on servers have",
+        ),
         ({"gpu_memory_utilization": 1.5}, {}, "gpu_memory_utilization: 1.5 is out of range"),
         ({"options": {"seed": 1}}, {}, "rollout.vllm.options: seed is megasd's to set"),
         ({"options": {"hf_overrides": {}}}, {}, "hf_overrides is megasd's to set"),
