@@ -1,8 +1,11 @@
 """Memory that is lent out comes back as it was, under every view of it."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
-from megasd.policy.parking import Parking
+from megasd.policy.parking import Parking, optimizer_state
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
@@ -42,3 +45,23 @@ def test_host_memory_is_asked_for_once() -> None:
         parking.restore()
     assert blocks == [blocks[0]] * 3
     assert len(blocks[0]) == 5
+
+
+def test_the_optimizers_state_is_masters_and_moments_and_never_the_weights() -> None:
+    """In float32 its masters are views of the weights, which are sent and read meanwhile."""
+    weights = torch.nn.Parameter(torch.ones(6))
+    of_weights = torch.nn.Parameter(weights.detach()[2:5])
+    master = torch.nn.Parameter(torch.ones(3))
+    adams = [torch.optim.AdamW([one]) for one in (of_weights, master)]
+    for adam, parameter in zip(adams, (of_weights, master), strict=True):
+        parameter.grad = torch.ones(3)
+        adam.step()
+    parts = [*(SimpleNamespace(optimizer=adam) for adam in adams), SimpleNamespace(optimizer=None)]
+    state: Any = SimpleNamespace(
+        gpt=SimpleNamespace(parameters=lambda: [weights]),
+        optimizer=SimpleNamespace(chained_optimizers=parts),
+        device=torch.device("cpu"),
+    )
+    found = {tensor.data_ptr() for tensor in optimizer_state(state)}
+    moments = {value for adam in adams for of in adam.state.values() for value in of.values()}
+    assert found == {master.data_ptr(), *(value.data_ptr() for value in moments)}
