@@ -108,7 +108,7 @@ def lend_memory_between_steps(
         }
         return {name: sum(of.values()) for name, of in storages.items()}
 
-    seen, held = [], [sizes()]
+    seen, sent, held = [], {}, [sizes()]
     for step in range(3):
         policy.park()
         policy.park()  # as a loop does that was parked from the start
