@@ -84,13 +84,7 @@ class Policy:
         )
         self.buckets = buckets_of(ddp)
         self.teacher = TeacherWeights(teacher, self.buckets)
-        self._reference: TeacherWeights | None = None
-        if "reference" in roles:
-            # Read anew from `model.path` in every start of a run: no checkpoint holds it.
-            is_teacher = teacher.weights == "frozen"
-            self._reference = (
-                self.teacher if is_teacher else TeacherWeights(REFERENCE, self.buckets)
-            )
+        self._reference = self._initial_weights() if "reference" in roles else None
         self._other_model = (
             self._load_other(teacher, model, limits) if teacher.weights == "checkpoint" else None
         )
@@ -98,6 +92,12 @@ class Policy:
         self._learning_rate = partial(learning_rate, optimizer, total_steps=total_steps)
         self.version = 0  # optimizer steps that changed the weights: the place in the schedule
         self.skipped_steps = 0  # optimizer steps whose loss or gradient was not finite
+
+    def _initial_weights(self) -> TeacherWeights:
+        """Read anew from `model.path` in every start of a run: no checkpoint holds them."""
+        if self.teacher.config.weights == "frozen":
+            return self.teacher
+        return TeacherWeights(REFERENCE, self.buckets)
 
     def _load_other(
         self, teacher: TeacherConfig, model: ModelConfig, limits: Mapping[str, Any]

@@ -86,42 +86,6 @@ def save_in_the_middle(folder: Path, run_folder: Path, settings: Mapping[str, An
     return everything
 
 
-def lend_memory_between_steps(
-    folder: Path, run_folder: Path, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What three steps came to, and how many bytes were given away and left of what, by kind."""
-    policy, prompts, _ = _a_run(folder, run_folder, settings)
-    from megasd.policy.parking import gradients, optimizer_state
-
-    lent = {
-        "gradients": list(gradients(policy.state)),
-        "optimizer": list(optimizer_state(policy.state)),
-        "teacher": policy.teacher.kept,
-        "reference": policy._reference.kept,
-        "weights": [bucket.data for bucket in policy.buckets],
-    }
-
-    def sizes() -> dict[str, int]:
-        storages = {
-            name: {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
-            for name, tensors in lent.items()
-        }
-        return {name: sum(of.values()) for name, of in storages.items()}
-
-    seen, sent, held = [], {}, [sizes()]
-    for step in range(3):
-        policy.park()
-        policy.park()  # as a loop does that was parked from the start
-        held.append(sizes())
-        assert policy.is_parked == settings["parks"]
-        sent = cases.weights_of(policy)
-        policy.unpark()
-        assert not policy.is_parked
-        held.append(sizes())
-        seen += _learn(policy, prompts, range(step, step + 1))
-    return {**_everything(policy, seen), "sent": sent, "held": held}
-
-
 def save_by_time(folder: Path, run_folder: Path) -> list[int]:
     """The steps that are saved, of steps that end at these seconds on the first rank's clock."""
     import torch.distributed as dist

@@ -10,7 +10,7 @@ import pytest
 from megasd.testing.ranks import Ranks
 from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
 from tests.distributed import checkpoint_cases as cases
-from tests.distributed import policy_cases
+from tests.distributed import parking_cases, policy_cases
 
 LAYOUTS = {
     "1 rank": (1, {}),
@@ -65,7 +65,7 @@ def test_a_trainer_whose_memory_is_lent_between_steps_learns_the_same_to_the_bit
     settings |= {"roles": ("reference",)}
     plain, lent = (
         ranks.run(
-            cases.lend_memory_between_steps,
+            parking_cases.lend_memory_between_steps,
             *(experts, tmp_path, settings | {"parks": parks}),
             world_size=2,
         )
