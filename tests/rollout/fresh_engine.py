@@ -1,26 +1,23 @@
-"""Greedy tokens and log-probs from vLLM started from folders: `fresh_engine.py OUT FOLDER...`.
-
-Written without the project's engine. OUT gets, for each folder, a list of [tokens, log-probs].
-"""
+"""Greedy tokens and log-probs from vLLM started from folders, without the project's engine."""
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.rollout.vllm_models import prompts
 
 
-def main() -> None:
+def answer(out: Path, folders: Sequence[Path]) -> None:
+    """`out` gets, for each folder, a list of [tokens, log-probs]."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    out, *folders = sys.argv[1:]
     sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=0, detokenize=False)
     inputs = [TokensPrompt(prompt_token_ids=p.token_ids.tolist()) for p in prompts()]
     answers = []
     for folder in folders:
         vllm = LLM(
-            folder,
+            str(folder),
             dtype="float32",
             enforce_eager=True,
             kv_cache_memory_bytes=2**28,
@@ -32,12 +29,8 @@ def main() -> None:
         answers.append([[list(one.token_ids), logprobs_of(one)] for one in results])
         vllm.llm_engine.engine_core.shutdown()
         del vllm
-    Path(out).write_text(json.dumps(answers))
+    out.write_text(json.dumps(answers))
 
 
 def logprobs_of(output: Any) -> list[float]:
     return [d[t].logprob for t, d in zip(output.token_ids, output.logprobs, strict=True)]
-
-
-if __name__ == "__main__":
-    main()

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from megasd.rollout.engine import EngineLostError, response_text
+from megasd.rollout.vllm import host
 from megasd.rollout.vllm.engine import VLLMEngine
 from megasd.rollout.vllm.link import _alive, hang_up
+from megasd.testing.forked import Forked
 from megasd.testing.ranks import Ranks
 from megasd.weights.bucket import Bucket
 from tests.rollout import vllm_cases
+from tests.rollout.nursery import forked_engines
 from tests.rollout.vllm_models import (
     buckets_of,
     check_greedy,
@@ -53,13 +56,14 @@ class Setup:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+def dense(tmp_path_factory: pytest.TempPathFactory, nursery: str) -> Iterator[Setup]:
     root = tmp_path_factory.mktemp("dense")
     setup = Setup.__new__(Setup)
     setup.folders = make_models("dense", root, 3)
-    setup.engine = make_engine(setup.folders[0], root)
-    yield setup
-    setup.engine.close()
+    with forked_engines(nursery):
+        setup.engine = make_engine(setup.folders[0], root)
+        yield setup
+        setup.engine.close()
 
 
 def test_three_updates_in_place_sample_exactly_what_each_model_says(dense: Setup) -> None:
@@ -259,10 +263,19 @@ def test_weights_that_are_not_complete_are_an_error_in_one_sentence(dense: Setup
     assert dense.engine.pid is None
 
 
+def agent_arguments(run_folder: Path, name: str) -> list[str]:
+    where = ["--listen", "127.0.0.1:0", "--folder", str(run_folder / "engines")]
+    return [sys.executable, "-m", "megasd.rollout.vllm.host", *where, "--name", name]
+
+
 def start_agent(run_folder: Path, name: str) -> subprocess.Popen[bytes]:
-    arguments = ["--listen", "127.0.0.1:0", "--folder", str(run_folder / "engines")]
-    command = [sys.executable, "-m", "megasd.rollout.vllm.host", *arguments]
-    return subprocess.Popen([*command, "--name", name])
+    return subprocess.Popen(agent_arguments(run_folder, name))
+
+
+def agent_of_forked_engines(arguments: list[str], nursery: str) -> None:
+    sys.argv = arguments[2:]
+    with forked_engines(nursery):
+        host.main()
 
 
 def test_an_agent_starts_ends_and_restarts_an_engine_of_another_node(tmp_path: Path) -> None:
@@ -305,21 +318,22 @@ def wait_for_end(engine: VLLMEngine) -> None:
     raise AssertionError("the engine goes on")
 
 
-def test_two_workers_fed_by_one_rank(tmp_path: Path) -> None:
+def test_two_workers_fed_by_one_rank(tmp_path: Path, nursery: str) -> None:
     folders = make_models("dense", tmp_path, 2, tie=False)
-    engine = make_engine(folders[0], tmp_path, tensor=2)
-    try:
-        for version, folder in enumerate(folders):
-            engine.load_weights(buckets_of(weights_of(folder)), version)
-            check_greedy(folder, engine.generate(greedy_requests()), version)
-    finally:
-        engine.close()
+    with forked_engines(nursery):
+        engine = make_engine(folders[0], tmp_path, tensor=2)
+        try:
+            for version, folder in enumerate(folders):
+                engine.load_weights(buckets_of(weights_of(folder)), version)
+                check_greedy(folder, engine.generate(greedy_requests()), version)
+        finally:
+            engine.close()
 
 
-def test_each_of_two_ranks_feeds_its_own_worker_on_a_server(tmp_path: Path) -> None:
+def test_each_of_two_ranks_feeds_its_own_worker_on_a_server(tmp_path: Path, nursery: str) -> None:
     """Only the first of them speaks with the agent, which serves whoever called last."""
     folders = make_models("moe", tmp_path, 2)
-    agent = start_agent(tmp_path, "engine0")
+    agent = Forked(agent_of_forked_engines, agent_arguments(tmp_path, "engine0"), nursery)
     ranks = Ranks(size=2, timeout_seconds=300)
     try:
         errors = ranks.run(vllm_cases.feed_own_worker, folders, tmp_path, world_size=2)

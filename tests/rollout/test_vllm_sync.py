@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ import pytest
 
 from megasd.testing.ranks import Ranks
 from tests.rollout import vllm_sync_cases as cases
+from tests.rollout.fresh_engine import answer
+from tests.rollout.nursery import Nursling
 from tests.rollout.vllm_models import make_models
 
 pytestmark = [
@@ -34,28 +34,28 @@ def trainer() -> Iterator[Ranks]:
     ranks.close()
 
 
-def fresh_answers(folder: Path, folders: list[Path]) -> list[Any]:
+def fresh_answers(folder: Path, folders: list[Path], nursery: str) -> list[Any]:
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    script = str(Path(__file__).with_name("fresh_engine.py"))
-    command = [sys.executable, script, str(folder / "fresh.json"), *map(str, folders)]
-    subprocess.run(command, env=environment, check=True, timeout=300)
-    return json.loads((folder / "fresh.json").read_text())
+    out, log = folder / "fresh.json", folder / "fresh.log"
+    process = Nursling(nursery, answer, (out, folders), log=log, environment=environment)
+    assert process.wait() == 0, log.read_text()
+    return json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_engines_fed_in_place_equal_fresh_ones_and_a_killed_one_comes_back(
-    kind: str, trainer: Ranks, tmp_path: Path
+    kind: str, trainer: Ranks, tmp_path: Path, nursery: str
 ) -> None:
     (folder,) = make_models(kind, tmp_path, 1)
-    results = trainer.run(cases.train_and_sample, folder, tmp_path, CUTS[kind], world_size=4)
+    given = (folder, tmp_path, CUTS[kind], nursery)
+    results = trainer.run(cases.train_and_sample, *given, world_size=4)
     exports = [tmp_path / f"step{step}" for step in range(cases.STEPS)]
-    fresh = fresh_answers(tmp_path, exports)
+    fresh = fresh_answers(tmp_path, exports, nursery)
     assert fresh[0] != fresh[1] != fresh[2]
     for owner in cases.OWNERS:
         workers = cases.SEATS[owner].size

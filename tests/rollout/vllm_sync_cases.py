@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from megasd.rollout.placement import Seat
 from tests.distributed import policy_cases as cases
+from tests.rollout.nursery import forked_engines
 from tests.rollout.vllm_models import greedy_requests, prompts, request_for
 
 STEPS = 3
@@ -24,11 +25,18 @@ SEATS = {0: Seat(0), 2: Seat(1, 0, 2), 3: Seat(1, 1, 2)}  # rank 1 feeds nobody
 OWNERS = [rank for rank, seat in SEATS.items() if seat.is_owner]
 
 
-def train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> list[Any]:
+def train_and_sample(
+    folder: Path, run_folder: Path, settings: Mapping[str, Any], nursery: str
+) -> list[Any]:
     """After each step: what this rank's engine says of the 40 prompts, and an export.
 
     Then engine 0 is killed while it samples, and everything is sampled all the same.
     """
+    with forked_engines(nursery):
+        return _train_and_sample(folder, run_folder, settings)
+
+
+def _train_and_sample(folder: Path, run_folder: Path, settings: Mapping[str, Any]) -> list[Any]:
     policy = cases.make_policy(folder, settings)
     from megasd.checkpoint.export import export_hf
     from megasd.rollout.build import _engine_group

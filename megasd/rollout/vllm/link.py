@@ -63,10 +63,18 @@ class LocalProcess:
         self, job: Mapping[str, Any], log: Path, command: tuple[str, ...] = COMMAND
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as out:
+            out.write(f"--- incarnation {job['incarnation']}\n")
+        self._process = self._start(job, log, command, json.dumps(dict(job)))
+        self.pid = self._process.pid
+        self._fenced = False
+
+    @staticmethod
+    def _start(
+        job: Mapping[str, Any], log: Path, command: tuple[str, ...], stdin: str
+    ) -> "subprocess.Popen[bytes]":
         with log.open("ab") as out:
-            out.write(f"--- incarnation {job['incarnation']}\n".encode())
-            out.flush()
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=out,
@@ -74,16 +82,15 @@ class LocalProcess:
                 env=engine_environment(os.environ, job["environment"]),
                 start_new_session=True,
             )
-        self.pid = self._process.pid
         if cpus := job.get("cpus"):  # before it starts threads
             with suppress(OSError):  # some of them are not this job's
-                os.sched_setaffinity(self.pid, cpus)
-        assert self._process.stdin is not None
+                os.sched_setaffinity(process.pid, cpus)
+        assert process.stdin is not None
         # By stdin: the key must not show in a list of processes.
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(dict(job)).encode())
-            self._process.stdin.close()
-        self._fenced = False
+            process.stdin.write(stdin.encode())
+            process.stdin.close()
+        return process
 
     def exit_code(self) -> int | None:
         return self._process.poll()
