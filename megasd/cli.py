@@ -26,7 +26,7 @@ from megasd.configuration.validate import check_run, validate
 from megasd.doctor.doctor import add_doctor_command
 from megasd.launch.flags import add_flags
 from megasd.planner.command import add_plan_command
-from megasd.process import interrupt
+from megasd.process import interrupt, startup
 from megasd.process.errors import TryAgainError
 
 
@@ -143,6 +143,7 @@ def _train(args: argparse.Namespace) -> int:
     """The exit code."""
     if not args.dry_run:
         interrupt.listen()  # before anything heavy is imported, which may start threads
+        startup.begin()
     path, overrides = _config_and_overrides(args.items)
     world_size = _world_size(args)
     if args.resume is not None:

@@ -30,7 +30,7 @@ from megasd.metrics.phases import Phases
 from megasd.metrics.records import Metrics
 from megasd.metrics.run_folder import create_run_folder
 from megasd.policy import backend
-from megasd.process import interrupt, together
+from megasd.process import interrupt, startup, together
 from megasd.rewards.scorer import Scorer
 from megasd.rollout.build import build_engine
 from megasd.rollout.fleet import Fleet
@@ -122,6 +122,7 @@ def _train(
                 *(config, data, policy, checkpoints, folder, phases, stack),
                 evaluates_at_end=left.evaluation,
             )
+            startup.end()
             is_done = train(job)
         else:
             is_done = True

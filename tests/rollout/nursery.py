@@ -87,7 +87,8 @@ def run_engine() -> None:
 
     from megasd.rollout.vllm import process
 
-    vars(multiproc_executor)["get_mp_context"] = Workers
+    executor: Any = multiproc_executor
+    executor.get_mp_context = Workers
     process.main()
 
 

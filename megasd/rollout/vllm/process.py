@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from megasd.process import startup
+
 BEAT_SECONDS = 1.0
 
 
@@ -195,11 +197,13 @@ class Engine:
 def main() -> None:
     job = json.loads(sys.stdin.read())
     wire = Wire(job)
+    startup.begin()
     try:
         from megasd.rollout.vllm.versions import probe  # imports torch: after the first beat
 
         probe()
         engine = Engine(wire, job)
+        startup.end()
         wire.send("ready", os.getpid())
         engine.serve()
     except BaseException as error:
