@@ -32,7 +32,8 @@ def reduction_weights(
     """
     counts = path >= 0
     num_paths = max(1, int(path.max()) + 1) if len(path) else 1
-    place = path.clamp(min=0) * num_rollouts + rollout_ids  # in tables of [paths, rollouts]
+    # In tables of [paths, rollouts].
+    place = path.clamp(min=0).mul_(num_rollouts).add_(rollout_ids)
     lengths = torch.zeros(num_paths * num_rollouts, dtype=torch.int32, device=path.device)
     lengths = lengths.index_add_(0, place, counts.int()).view(num_paths, num_rollouts).double()
     counted_rollouts = (lengths > 0).sum(dim=1, keepdim=True)

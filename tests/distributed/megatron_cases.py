@@ -57,6 +57,31 @@ def faults_with_experts(folder: Path) -> dict[str, bool]:
     }
 
 
+def who_adds_weight_gradients_in_place(folder: Path) -> dict[str, bool]:
+    """By what is installed: whether local layers add their gradients to the buffer themselves."""
+    policy = make_policy(folder, {})
+    from megatron.core.tensor_parallel import layers
+
+    from megasd.policy.backend import Backend
+    from megasd.policy.config import ModelConfig
+    from megasd.policy.megatron.build import transformer_config
+
+    model = ModelConfig(path=str(folder), dtype="float32")
+
+    def fuses(device: str, apex: bool) -> bool:
+        backend = Backend(torch.device(device), "gloo", transformer_engine=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "_grad_accum_fusion_available", apex)
+            config = transformer_config(policy.hf_config, model, policy.layout, backend)
+        return config.gradient_accumulation_fusion
+
+    return {
+        "apex": fuses("cuda", apex=True),
+        "nothing": fuses("cuda", apex=False),
+        "apex, on a CPU": fuses("cpu", apex=True),
+    }
+
+
 def steps_and_traffic(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Three steps, the second over a single rollout, and what travels in each.
 

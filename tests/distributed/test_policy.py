@@ -196,6 +196,14 @@ def test_megatrons_faults_with_experts_are_still_there(
     assert all(found.values()), found
 
 
+def test_local_layers_add_their_gradients_in_place_on_a_gpu_where_apex_can(
+    folder: Path, ranks: Ranks
+) -> None:
+    case = megatron_cases.who_adds_weight_gradients_in_place
+    (found,) = ranks.run(case, folder, world_size=1)
+    assert found == {"apex": True, "nothing": False, "apex, on a CPU": False}
+
+
 def test_ranks_of_an_expert_that_would_gather_unevenly_are_refused_on_a_cpu(
     folders: Mapping[str, Path], ranks: Ranks
 ) -> None:
