@@ -31,8 +31,16 @@ class ModelConfig:
     max_context_tokens: int | None = None  # prompt + response; null: max_position_embeddings
     recompute: Literal["none", "full"] = "none"  # full: keep one activation per layer
     layers: Layers = "auto"  # transformer_engine: on GPUs; auto: that where it is installed
-    head_chunk_tokens: int = 1024  # tokens whose logits exist at the same time
+    # Tokens whose logits exist at the same time; null: 4096 on GPUs, 1024 on a CPU. Each chunk
+    # reads and writes the sums of 8192 rows of the head's gradient: fewer chunks, less of that.
+    head_chunk_tokens: int | None = None
     fp8: FP8Config | None = None
+
+    def head_chunk_tokens_on(self, device_type: str) -> int:
+        """`head_chunk_tokens`, or its default on cuda or cpu."""
+        if self.head_chunk_tokens is not None:
+            return self.head_chunk_tokens
+        return 4096 if device_type == "cuda" else 1024
 
 
 @dataclass(frozen=True)

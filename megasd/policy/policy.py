@@ -70,7 +70,7 @@ class Policy:
         built = build_optimizer(ddp, optimizer)
         limits = {
             "max_tokens_per_microbatch": optimizer.max_tokens_per_microbatch,
-            "head_chunk_tokens": model.head_chunk_tokens,
+            "head_chunk_tokens": model.head_chunk_tokens_on(backend.device.type),
             "fp8": model.fp8,
         }
         self.state = PolicyState(

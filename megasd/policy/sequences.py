@@ -110,6 +110,7 @@ def pack(
     multiple: int = 1,
     one_length: bool = False,
     owners: np.ndarray | None = None,
+    vocab_size: int | None = None,
 ) -> list[Microbatch]:
     """The micro-batches of data-parallel rank `rank`.
 
@@ -117,7 +118,8 @@ def pack(
     response space; `keep` says which response tokens are read off. A view none of whose tokens
     are kept is not packed. `multiple`: every T is one of it, as sequence parallelism wants;
     `one_length`: all are the longest of them. `owners` [R]: the ranks of `assign_owners`; without
-    them, each pass is balanced by itself.
+    them, each pass is balanced by itself. Raises ValueError for a token outside
+    0 .. `vocab_size` - 1, on all ranks: a GPU is never asked, as it would have to be waited for.
     """
     kept = keep.cpu().numpy()
     used = [
@@ -131,6 +133,9 @@ def pack(
         cut = [[used[k] for k in part] for part in shares[rank]]
     else:
         cut = _cut_of_owner(lengths, owners, max_tokens=max_tokens, rank=rank, num_ranks=num_ranks)
+    if vocab_size is not None:
+        for i in lengths:
+            _check_vocabulary(i, views[i], vocab_size)
     sizes = [max(1, sum(lengths[i] for i in part)) for part in cut]
     if one_length:
         sizes = [max(sizes)] * len(sizes)
@@ -145,6 +150,17 @@ def _longest_text(views: Sequence[View | None], lengths: Mapping[int, int]) -> n
     view = views[max(lengths, key=lambda i: lengths[i])]
     assert view is not None
     return np.concatenate([view.prompt_ids, view.response_ids])
+
+
+def _check_vocabulary(rollout: int, view: View | None, vocab_size: int) -> None:
+    assert view is not None
+    for name, ids in (("prompt", view.prompt_ids), ("response", view.response_ids)):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+            place = np.flatnonzero((ids < 0) | (ids >= vocab_size))[0]
+            raise ValueError(
+                f"token {ids[place]} at position {place} of the {name} of rollout {rollout} is "
+                f"outside the vocabulary of {vocab_size}; does the tokenizer belong to the model?"
+            )
 
 
 def _cut_of_owner(

@@ -70,6 +70,7 @@ class ModelState:
             multiple=self.length_multiple,
             one_length=self.layout.pp_size > 1,
             owners=owners,
+            vocab_size=self.vocab_size,
         )
 
     def read_head(

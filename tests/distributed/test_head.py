@@ -9,6 +9,7 @@ from torch import Tensor
 from megasd.policy.head.divergence import full_divergence
 from megasd.policy.head.head import TopIds, sample_ids, vocabulary_head
 from megasd.testing.ranks import Ranks
+from tests.unit.policy.interpreter import NEEDS_TRITON, interpreted_kernels
 
 TOKENS, HIDDEN, VOCAB = 21, 6, 13
 
@@ -24,14 +25,16 @@ CUTS = pytest.mark.parametrize(
 )
 
 
-def _run(weight: Tensor, group: dist.ProcessGroup | None) -> tuple[list[np.ndarray], Tensor]:
+def _run(
+    weight: Tensor, group: dist.ProcessGroup | None, tokens: int = TOKENS
+) -> tuple[list[np.ndarray], Tensor]:
     """Log-probs (of targets, at ids), entropy, `weight`'s gradient; hidden's (partial) gradient."""
     random = torch.Generator().manual_seed(3)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=random).requires_grad_()
-    targets = torch.randint(VOCAB, (TOKENS,), generator=random)
-    upstream = torch.randn(2, TOKENS, generator=random)
-    ids = torch.randint(VOCAB, (TOKENS, 8), generator=random)
-    upstream_at_ids = torch.randn(TOKENS, 8, generator=random)
+    hidden = torch.randn(tokens, HIDDEN, generator=random).to(weight.dtype).requires_grad_()
+    targets = torch.randint(VOCAB, (tokens,), generator=random)
+    upstream = torch.randn(2, tokens, generator=random)
+    ids = torch.randint(VOCAB, (tokens, 8), generator=random)
+    upstream_at_ids = torch.randn(tokens, 8, generator=random)
     weight.requires_grad_()
     output = vocabulary_head(
         hidden,
@@ -45,7 +48,7 @@ def _run(weight: Tensor, group: dist.ProcessGroup | None) -> tuple[list[np.ndarr
     )
     assert output.at_ids is not None
     values = [output.logprobs, output.entropy, output.at_ids]
-    torch.autograd.backward(values, [*upstream, upstream_at_ids])
+    torch.autograd.backward(values, [x.to(weight.dtype) for x in (*upstream, upstream_at_ids)])
     assert hidden.grad is not None
     assert weight.grad is not None
     return [x.detach().numpy() for x in (*values, weight.grad)], hidden.grad
@@ -105,13 +108,15 @@ def test_shards_give_the_values_and_gradients_of_the_whole(
     _assert_like_the_whole(results, groups, _run(_weight(), None))
 
 
-def _read_ids(weight: Tensor, group: dist.ProcessGroup | None) -> list[np.ndarray]:
+def _read_ids(
+    weight: Tensor, group: dist.ProcessGroup | None, tokens: int = TOKENS
+) -> list[np.ndarray]:
     """The top ids with their log-probs, of logits full of ties, and drawn ids."""
     random = torch.Generator().manual_seed(9)
-    hidden = torch.randint(-1, 2, (TOKENS, HIDDEN), generator=random).double()
-    uniforms = torch.rand(TOKENS, 50, generator=random)
+    hidden = torch.randint(-1, 2, (tokens, HIDDEN), generator=random).to(weight.dtype)
+    uniforms = torch.rand(tokens, 50, generator=random)
     cut = {"vocab_size": VOCAB, "group": group, "chunk_tokens": 5}
-    targets = torch.zeros(TOKENS, dtype=torch.int64)
+    targets = torch.zeros(tokens, dtype=torch.int64)
     tops = [vocabulary_head(hidden, weight, targets, top_k=k, **cut).top for k in (1, 5, VOCAB)]
     read = [x.numpy() for top in tops if isinstance(top, TopIds) for x in top]
     return [*read, sample_ids(hidden, weight, uniforms, temperature=1.5, **cut).numpy()]
@@ -142,13 +147,13 @@ def test_shards_give_the_top_ids_and_draws_of_the_whole(
 
 
 def _diverge(
-    weight: Tensor, teacher_weight: Tensor, group: dist.ProcessGroup | None
+    weight: Tensor, teacher_weight: Tensor, group: dist.ProcessGroup | None, tokens: int = TOKENS
 ) -> tuple[list[np.ndarray], Tensor]:
     """All three divergences, gradient of `weight`; and (partial) gradient of hidden."""
     random = torch.Generator().manual_seed(5)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=random).double().requires_grad_()
-    teacher_hidden = torch.randn(TOKENS, 2 * HIDDEN, generator=random).double()
-    upstream = torch.randn(3, TOKENS, generator=random).double()
+    hidden = torch.randn(tokens, HIDDEN, generator=random).to(weight.dtype).requires_grad_()
+    teacher_hidden = torch.randn(tokens, 2 * HIDDEN, generator=random).to(weight.dtype)
+    upstream = torch.randn(3, tokens, generator=random).to(weight.dtype)
     weight.requires_grad_()
     values = [
         full_divergence(
@@ -192,6 +197,37 @@ def test_shards_give_the_divergences_of_the_whole(
     world_size = sum(len(members) for members in groups)
     results = ranks.run(_diverge_sharded, groups, shard_rows, world_size=world_size)
     _assert_like_the_whole(results, groups, _diverge(*_weights_of_both(), None), rtol=1e-11)
+
+
+def _by_kernels(groups: list[list[int]], shard_rows: int) -> tuple[list[np.ndarray], ...]:
+    """What the head gives, the divergences, and the top ids, by Triton's interpreter in float32."""
+    mine = _subgroup(groups)
+    weights = [_weight().float(), *_weights_of_both(), _whole_numbers()]
+    shards = [_shard(whole.float(), mine, shard_rows) for whole in weights]
+    with interpreted_kernels():
+        results, of_hidden = _run(shards[0], mine, 4)
+        divergences, of_divergences = _diverge(shards[1], shards[2], mine, 4)
+        read = _read_ids(shards[3], mine, 4)
+    for partial_gradient in (of_hidden, of_divergences):
+        dist.all_reduce(partial_gradient, group=mine)
+    return [*results, of_hidden.numpy()], [*divergences, of_divergences.numpy()], read
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("shard_rows", [8, 16])
+def test_the_kernels_give_on_shards_what_float64_gives_on_the_whole(
+    ranks: Ranks, shard_rows: int
+) -> None:
+    groups = [[0, 1]]
+    results, divergences, read = zip(
+        *ranks.run(_by_kernels, groups, shard_rows, world_size=2), strict=True
+    )
+    _assert_like_the_whole([*results], groups, _run(_weight().double(), None, 4))
+    _assert_like_the_whole([*divergences], groups, _diverge(*_weights_of_both(), None, 4))
+    *expected, _draws = _read_ids(_whole_numbers(), None, 4)
+    for result in read:
+        for value, reference in zip(result, expected, strict=False):
+            np.testing.assert_allclose(value, reference, rtol=1e-6)
 
 
 def _without_tokens() -> tuple[list[tuple[int, ...]], bool]:

@@ -8,9 +8,17 @@ with logits l (after the temperature) and their maximum m:
 These statistics of two disjoint sets of vocabulary rows combine into those of their union, the
 log-sum-exp way: blocks of one rank and the shards of a tensor-parallel group are joined by the
 same function. So are the k largest logits.
+
+On a GPU, Triton kernels (policy/head/kernels.py) make each pass over a block in one launch; they
+join a block's statistics to those before it on the way. Elsewhere torch's own operations do, here
+and in head.py and divergence.py.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -19,6 +27,27 @@ from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_ROWS = 8192  # [1024, 8192] float32 logits are 32 MiB: about what a large cache holds
+
+
+@functools.cache
+def find_kernels(device_type: str) -> ModuleType | None:
+    """policy/head/kernels.py, on GPUs where Triton works. Where it does not, a warning says why."""
+    if device_type != "cuda":
+        return None
+    try:
+        from megasd.policy.head import kernels
+
+        one = torch.ones(1, 1, device=device_type)
+        kernels.sum_over_equal_ids(one.long(), one)
+    except Exception as error:  # no triton, no C compiler for its launchers, no assembler, ...
+        warnings.warn(
+            "the vocabulary head runs without its Triton kernels, more slowly: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return kernels
 
 
 class Cut(NamedTuple):
@@ -77,7 +106,7 @@ class Tile(NamedTuple):
 
 
 class LogitBlocks:
-    """This rank's logits, one [chunk of tokens, tile of rows] block at a time, in one buffer.
+    """This rank's logits, one [chunk of tokens, tile of rows] block at a time, in the same memory.
 
     What every pass over the vocabulary shares:
 
@@ -91,13 +120,14 @@ class LogitBlocks:
 
     def __init__(self, hidden: Tensor, weight: Tensor, cut: Cut) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)  # of logits and sums
-        self.operand_dtype = hidden.dtype if hidden.is_cuda else self.dtype
+        self.operand_dtype = _operand_dtype(hidden, self.dtype)
+        self.kernels = find_kernels(hidden.device.type) if self.dtype == torch.float32 else None
         self.hidden = hidden.to(self.operand_dtype)
         self.chunks = list(_slices(hidden.shape[0], cut.chunk_tokens))
         self._weight = weight[: cut.valid_rows]
         self._cut = cut
-        block_size = min(cut.chunk_tokens, hidden.shape[0]) * min(_BLOCK_ROWS, cut.valid_rows)
-        self._buffers = hidden.new_empty(2, block_size, dtype=self.dtype)
+        self._block_size = min(cut.chunk_tokens, len(hidden)) * min(_BLOCK_ROWS, cut.valid_rows)
+        self._rooms: dict[str, Tensor] = {}
 
     def tiles(self) -> Iterator[Tile]:
         return map(self.tile, _slices(self._weight.shape[0], _BLOCK_ROWS))
@@ -109,14 +139,22 @@ class LogitBlocks:
     def logits(self, tile: Tile, tokens: slice) -> Tensor:
         """hidden @ weight.T / temperature of these tokens and rows."""
         hidden = self.hidden[tokens]
-        shape = (hidden.shape[0], tile.weight.shape[0])
-        block = self._buffers[0, : shape[0] * shape[1]].view(shape)
+        block = self._room("logits", (hidden.shape[0], tile.weight.shape[0]), self.dtype)
         _add_product(block, hidden, tile.weight.T, alpha=1.0 / self._cut.temperature, beta=0.0)
         return block
 
     def scratch(self, logits: Tensor) -> Tensor:
         """Room for a second block of the same shape, for as long as `logits` is valid."""
-        return self._buffers[1, : logits.numel()].view(logits.shape)
+        return self._room("scratch", logits.shape, self.dtype)
+
+    def gradient(self, logits: Tensor) -> Tensor:
+        """Room for the gradient of a block, ready to multiply; as valid as `logits`."""
+        return self._room("gradient", logits.shape, self.operand_dtype)
+
+    def _room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if name not in self._rooms:
+            self._rooms[name] = self.hidden.new_empty(self._block_size, dtype=dtype)
+        return self._rooms[name][: math.prod(shape)].view(*shape)
 
 
 class TopLogits:
@@ -125,7 +163,9 @@ class TopLogits:
     def __init__(self, k: int, blocks: LogitBlocks) -> None:
         shape = (blocks.hidden.shape[0], k)
         self.logits = blocks.hidden.new_full(shape, -torch.inf, dtype=blocks.dtype)
-        self.ids = torch.full(shape, torch.iinfo(torch.int64).max, device=blocks.hidden.device)
+        # Ids of nothing: they differ, for the kernel replaces one at a time.
+        nothing = torch.iinfo(torch.int64).max - torch.arange(k, device=blocks.hidden.device)
+        self.ids = nothing.repeat(shape[0], 1)
 
     def take(self, blocks: LogitBlocks, logits: Tensor, tile: Tile, tokens: slice) -> None:
         """Merge one block in; `logits` is only read."""
@@ -174,21 +214,40 @@ def local_statistics(
     statistics = torch.zeros(shape, dtype=blocks.dtype, device=device)
     statistics[0] = torch.finfo(blocks.dtype).min  # not -inf: its difference to itself must be 0
     for tile in blocks.tiles():
-        part = torch.empty_like(statistics)
+        if blocks.kernels is None:
+            part = _tile_statistics(blocks, tile, wanted, top)
+            statistics = combine(torch.stack((statistics, part)))
+            continue
         for tokens in blocks.chunks:
-            logits = blocks.logits(tile, tokens)
-            places, here = tile.locate(wanted[tokens])
-            part[3:, tokens] = logits.gather(1, places).where(here, 0.0).T
-            if top is not None:
-                top.take(blocks, logits, tile, tokens)
-            maximum = logits.amax(dim=1)
-            shifted = logits.sub_(maximum[:, None])
-            weights = torch.exp(shifted, out=blocks.scratch(shifted))
-            part[0, tokens] = maximum
-            part[1, tokens] = weights.sum(dim=1)
-            part[2, tokens] = weights.mul_(shifted).sum(dim=1)
-        statistics = combine(torch.stack((statistics, part)))
+            kept = None if top is None else (top.logits[tokens], top.ids[tokens])
+            blocks.kernels.add_statistics(
+                blocks.logits(tile, tokens),
+                tile.first_id,
+                wanted[tokens],
+                statistics[:, tokens],
+                kept,
+            )
     return statistics
+
+
+def _tile_statistics(
+    blocks: LogitBlocks, tile: Tile, wanted: Tensor, top: TopLogits | None
+) -> Tensor:
+    num_tokens, num_wanted = wanted.shape
+    part = blocks.hidden.new_empty(3 + num_wanted, num_tokens, dtype=blocks.dtype)
+    for tokens in blocks.chunks:
+        logits = blocks.logits(tile, tokens)
+        places, here = tile.locate(wanted[tokens])
+        part[3:, tokens] = logits.gather(1, places).where(here, 0.0).T
+        if top is not None:
+            top.take(blocks, logits, tile, tokens)
+        maximum = logits.amax(dim=1)
+        shifted = logits.sub_(maximum[:, None])
+        weights = torch.exp(shifted, out=blocks.scratch(shifted))
+        part[0, tokens] = maximum
+        part[1, tokens] = weights.sum(dim=1)
+        part[2, tokens] = weights.mul_(shifted).sum(dim=1)
+    return part
 
 
 def combine(parts: Tensor) -> Tensor:
@@ -218,27 +277,58 @@ def input_gradients(
     weight: Tensor,
     needs: tuple[bool, bool],
     logit_gradient: Callable[[Tile, slice], Tensor],
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `hidden` and `weight`, each where needed, from those of the logit blocks.
 
-    `logit_gradient` returns the gradient at one block of hidden @ weight.T, ready to multiply.
+    `logit_gradient` returns the gradient at one block of hidden @ weight.T, ready to multiply. With
+    `main_grad` the weight's is added to that and to nothing else; see `_added_to_main_grad`.
     """
     need_hidden, need_weight = needs
     grad_hidden = torch.zeros_like(hidden, dtype=blocks.dtype) if need_hidden else None
-    grad_weight = torch.zeros_like(weight) if need_weight else None
+    grad_weight = torch.zeros_like(weight) if need_weight and main_grad is None else None
     for tile in blocks.tiles():
-        tile_sum = torch.zeros_like(tile.weight, dtype=blocks.dtype)
+        sums = None
+        if grad_weight is not None:
+            sums = torch.zeros_like(tile.weight, dtype=blocks.dtype)
+        elif need_weight and main_grad is not None:
+            sums = main_grad[tile.rows]
         for tokens in blocks.chunks:
             block = logit_gradient(tile, tokens)
             if grad_hidden is not None:
                 _add_product(grad_hidden[tokens], block, tile.weight)
-            if grad_weight is not None:
-                _add_product(tile_sum, block.T, blocks.hidden[tokens])
+            if sums is not None:
+                _add_product(sums, block.T, blocks.hidden[tokens])
         if grad_weight is not None:
-            grad_weight[tile.rows] = tile_sum
+            grad_weight[tile.rows] = sums
     if grad_hidden is not None:
         grad_hidden = grad_hidden.to(hidden.dtype)
+    if need_weight and main_grad is not None:
+        grad_weight = _added_to_main_grad(weight)
     return grad_hidden, grad_weight
+
+
+def main_grad_of(weight: Tensor) -> Tensor | None:
+    """The float32 buffer in which Megatron's DDP sums a parameter's gradients; None without one."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    return (
+        main_grad if main_grad.dtype == torch.promote_types(weight.dtype, torch.float32) else None
+    )
+
+
+def _added_to_main_grad(weight: Tensor) -> Tensor | None:
+    """What a backward pass returns of a gradient that is in `main_grad`, as Megatron's layers do.
+
+    Its hook then leaves the returned tensor alone: arbitrary values, there because the hook of an
+    overlapped reduction wants one. Not where the stage's embedding is the same parameter: autograd
+    would add the two, and the hook adds the embedding's alone.
+    """
+    if getattr(weight, "zero_out_wgrad", False):  # Megatron's mark of such a parameter
+        return None
+    weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.empty_like(weight)
 
 
 def refuse_second_derivative() -> None:
@@ -254,6 +344,11 @@ def _add_product(
         torch.addmm(out, left, right, alpha=alpha, beta=beta, out=out)
     else:
         torch.addmm(out, left, right, alpha=alpha, beta=beta, out_dtype=out.dtype, out=out)
+
+
+def _operand_dtype(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What products are taken of: only CUDA's sum bfloat16 operands in float32."""
+    return hidden.dtype if hidden.is_cuda else dtype
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

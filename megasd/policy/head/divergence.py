@@ -25,6 +25,7 @@ from megasd.policy.head.blocks import (
     gather,
     input_gradients,
     local_statistics,
+    main_grad_of,
     refuse_second_derivative,
 )
 from megasd.types import PerToken
@@ -50,8 +51,9 @@ def full_divergence(
     `group`, padding, dtypes AND THE PARTIAL GRADIENT OF `hidden` as in `vocabulary_head`. No
     gradient goes to the teacher. The result is the same on every rank of the group.
 
-    Memory beyond inputs and gradients, in float32: ten blocks of [chunk_tokens, 8192] (jsd: 14), in
-    backward also one [8192, H] and one [N, H]. Differentiable once: create_graph=True raises.
+    Memory beyond inputs and gradients, in float32: ten blocks of [chunk_tokens, 8192] (jsd: 14; on
+    a GPU two, in backward another in the dtype of the inputs), in backward also [8192, H] and
+    [N, H]; `main_grad` as in `vocabulary_head`. Differentiable once: create_graph=True raises.
 
     Raises ValueError for operands that do not fit together and for an alpha that jsd cannot take.
     """
@@ -106,18 +108,64 @@ class _LogprobBlocks(NamedTuple):
         return self.logits.logits(tile, tokens).sub_(maximum).sub_(log_total)
 
 
+class _Pair(NamedTuple):
+    """Both sides and what is measured between them."""
+
+    student: _LogprobBlocks
+    teacher: _LogprobBlocks
+    measure: _Measure
+
+    def sums(self) -> Tensor:
+        """[2, N]: entries and slopes, summed over this rank's rows."""
+        sums = torch.zeros_like(self.student.normalisers)
+        for tile in self.student.logits.tiles():
+            tiles = tile, self.teacher.logits.tile(tile.rows)
+            for tokens in self.student.logits.chunks:
+                if kernels := self.student.logits.kernels:
+                    block = self._block(tiles, tokens)
+                    kernels.add_divergence(*block, sums[:, tokens], **self.measure._asdict())
+                    continue
+                terms = self.measure.entries(*self._logprobs(tiles, tokens))
+                for total, values in zip(sums, terms, strict=True):
+                    total[tokens] += values.sum(dim=1)
+        return sums
+
+    def gradient(self, tile: Tile, tokens: slice, slopes_sum: Tensor, upstream: Tensor) -> Tensor:
+        """The gradient at one block of the student's hidden @ weight.T, ready to multiply."""
+        logits = self.student.logits
+        tiles = tile, self.teacher.logits.tile(tile.rows)
+        if logits.kernels is not None:
+            block = self._block(tiles, tokens)
+            gradient = logits.gradient(block[0])
+            logits.kernels.divergence_gradient(
+                *block,
+                slopes_sum[tokens],
+                upstream[tokens],
+                gradient,
+                **self.measure._asdict(),
+            )
+            return gradient
+        logprobs, teacher_logprobs = self._logprobs(tiles, tokens)
+        _, slopes = self.measure.entries(logprobs, teacher_logprobs)
+        block = slopes.sub_(logprobs.exp_().mul_(slopes_sum[tokens, None]))
+        return block.mul_(upstream[tokens, None]).to(logits.operand_dtype)
+
+    def _logprobs(self, tiles: tuple[Tile, Tile], tokens: slice) -> tuple[Tensor, Tensor]:
+        return self.student.at(tiles[0], tokens), self.teacher.at(tiles[1], tokens)
+
+    def _block(self, tiles: tuple[Tile, Tile], tokens: slice) -> tuple[Tensor, ...]:
+        """Logits of both sides, normalisers of both sides."""
+        sides = self.student, self.teacher
+        logits = [side.logits.logits(tile, tokens) for side, tile in zip(sides, tiles, strict=True)]
+        return *logits, *(side.normalisers[:, tokens] for side in sides)
+
+
 class _FullDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, measure, cut, group):
         student = _LogprobBlocks.read(LogitBlocks(hidden, weight, cut), group)
         teacher = _LogprobBlocks.read(LogitBlocks(teacher_hidden, teacher_weight, cut), group)
-        sums = torch.zeros_like(student.normalisers)  # of entries and of slopes
-        for tile in student.logits.tiles():
-            teacher_tile = teacher.logits.tile(tile.rows)
-            for tokens in student.logits.chunks:
-                block = student.at(tile, tokens), teacher.at(teacher_tile, tokens)
-                for total, values in zip(sums, measure.entries(*block), strict=True):
-                    total[tokens] += values.sum(dim=1)
+        sums = _Pair(student, teacher, measure).sums()
         values, slopes = gather(sums, group).sum(dim=0)
         ctx.save_for_backward(
             hidden,
@@ -128,28 +176,28 @@ class _FullDivergence(torch.autograd.Function):
             teacher.normalisers,
             slopes.clone(),
         )
-        ctx.measure, ctx.cut = measure, cut
+        ctx.measure, ctx.cut, ctx.main_grad = measure, cut, main_grad_of(weight)
         return values.clone()
 
     @staticmethod
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_second_derivative()
         hidden, weight, teacher_hidden, teacher_weight, *statistics = ctx.saved_tensors
-        student_normalisers, teacher_normalisers, slopes_sum = statistics
+        normalisers, teacher_normalisers, slopes_sum = statistics
         blocks = LogitBlocks(hidden, weight, ctx.cut)
-        student = _LogprobBlocks(blocks, student_normalisers)
-        teacher_blocks = LogitBlocks(teacher_hidden, teacher_weight, ctx.cut)
-        teacher = _LogprobBlocks(teacher_blocks, teacher_normalisers)
+        teacher = LogitBlocks(teacher_hidden, teacher_weight, ctx.cut)
+        pair = _Pair(
+            _LogprobBlocks(blocks, normalisers),
+            _LogprobBlocks(teacher, teacher_normalisers),
+            ctx.measure,
+        )
         upstream = upstream / ctx.cut.temperature
-
-        def logit_gradient(tile: Tile, tokens: slice) -> Tensor:
-            logprobs = student.at(tile, tokens)
-            teacher_logprobs = teacher.at(teacher_blocks.tile(tile.rows), tokens)
-            _, slopes = ctx.measure.entries(logprobs, teacher_logprobs)
-            block = slopes.sub_(logprobs.exp_().mul_(slopes_sum[tokens, None]))
-            return block.mul_(upstream[tokens, None]).to(blocks.operand_dtype)
-
         gradients = input_gradients(
-            blocks, hidden, weight, ctx.needs_input_grad[:2], logit_gradient
+            blocks,
+            hidden,
+            weight,
+            ctx.needs_input_grad[:2],
+            lambda tile, tokens: pair.gradient(tile, tokens, slopes_sum, upstream),
+            ctx.main_grad,
         )
         return *gradients, None, None, None, None, None

@@ -25,6 +25,7 @@ from megasd.policy.head.blocks import (
     gather,
     input_gradients,
     local_statistics,
+    main_grad_of,
     refuse_second_derivative,
 )
 from megasd.types import PerToken, TokenIndex
@@ -73,11 +74,15 @@ def vocabulary_head(
     gradient of `weight` is complete. Both come back in the dtype of their input and are
     accumulated in float32.
 
-    Memory beyond inputs and gradients, in float32: two blocks of [chunk_tokens, 8192], and in
-    backward one [8192, H] and one [N, H]. Differentiable once: create_graph=True raises.
+    Memory beyond inputs and gradients, in float32: two blocks of [chunk_tokens, 8192] (on a GPU
+    one, in backward another in the dtype of the inputs), in backward [8192, H] and [N, H].
+    Differentiable once: create_graph=True raises.
 
-    Raises ValueError for operands that do not fit together and for targets or ids outside 0 ..
-    vocab_size - 1 (a device synchronisation each).
+    A `weight` that Megatron's DDP has wrapped gets its gradient added to its `main_grad`, in
+    float32, without the [8192, H].
+
+    Raises ValueError for operands that do not fit together; on a CPU for targets or ids outside
+    0 .. vocab_size - 1 too. On a GPU nothing here waits for the device.
     """
     cut = Cut.of(
         hidden,
@@ -117,7 +122,7 @@ def sample_ids(
 
     Two passes over the vocabulary, the second with one float64 block beside the two float32 ones.
     Arguments as in `vocabulary_head`. Raises ValueError for operands that do not fit together and
-    for numbers outside [0, 1) (one device synchronisation).
+    for numbers outside [0, 1) on a CPU.
     """
     cut = Cut.of(
         hidden,
@@ -128,7 +133,7 @@ def sample_ids(
         chunk_tokens=chunk_tokens,
     )
     outside = ~((uniforms >= 0) & (uniforms < 1))
-    if outside.any():
+    if outside.device.type == "cpu" and outside.any():
         position = outside.nonzero()[0].tolist()
         raise ValueError(
             f"uniform number {float(uniforms[*position])} at {position} is outside [0, 1); "
@@ -170,6 +175,9 @@ def _first_above(blocks: LogitBlocks, maximum: Tensor, goals: Tensor) -> Tensor:
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """On a GPU, which would be waited for, whoever laid the tokens out has checked them."""
+    if ids.device.type != "cpu":
+        return
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
         position = outside.nonzero()[0].tolist()
@@ -196,7 +204,7 @@ class _VocabularyHead(torch.autograd.Function):
             top_logprobs = top_logits - maximum[:, None] - log_total[:, None]
             ctx.mark_non_differentiable(top_ids, top_logprobs)
         ctx.save_for_backward(hidden, weight, targets, ids, statistics[:3].clone())
-        ctx.cut = cut
+        ctx.cut, ctx.main_grad = cut, main_grad_of(weight)
         ctx.set_materialize_grads(False)
         logprobs = target_logit - maximum - log_total
         return logprobs, log_total - moment / total, at_ids, top_ids, top_logprobs
@@ -212,12 +220,16 @@ class _VocabularyHead(torch.autograd.Function):
         if grad_at_ids is not None:
             picked.append((ids, grad_at_ids))
         upstream = _Upstream.of(statistics, picked, grad_entropy, ctx.cut.temperature)
+        if blocks.kernels is not None:
+            sums = blocks.kernels.sum_over_equal_ids(upstream.ids, upstream.gradients)
+            upstream = upstream._replace(gradients=sums)
         gradients = input_gradients(
             blocks,
             hidden,
             weight,
             ctx.needs_input_grad[:2],
             lambda tile, tokens: _logit_gradient(blocks, tile, tokens, upstream),
+            ctx.main_grad,
         )
         return *gradients, None, None, None, None, None
 
@@ -234,7 +246,8 @@ class _Upstream(NamedTuple):
     maximum: Tensor
     offset: Tensor
     slope: Tensor | None  # None: no gradient reaches the entropy
-    picked: list[tuple[Tensor, Tensor]]  # ids [N, K] and the gradients of their log-probs [N, K]
+    ids: Tensor  # [N, K]: those whose log-probs get a gradient
+    gradients: Tensor  # [N, K]
 
     @classmethod
     def of(
@@ -245,27 +258,39 @@ class _Upstream(NamedTuple):
         temperature: float,
     ) -> "_Upstream":
         maximum, total, moment = statistics
-        picked = [(ids, gradients / temperature) for ids, gradients in picked]
-        offset = torch.zeros_like(total)
-        for _, gradients in picked:
-            offset = offset - gradients.sum(dim=1)
-        offset = offset / total
+        none = total.new_empty(len(total), 0)
+        ids = torch.cat([none.long(), *(ids for ids, _ in picked)], dim=1)
+        gradients = torch.cat([none, *(gradients for _, gradients in picked)], dim=1) / temperature
+        offset = -gradients.sum(dim=1) / total
         if grad_entropy is None:
-            return cls(maximum, offset, None, picked)
+            return cls(maximum, offset, None, ids, gradients)
         slope = -grad_entropy / (temperature * total)
-        return cls(maximum, offset - slope * moment / total, slope, picked)
+        return cls(maximum, offset - slope * moment / total, slope, ids, gradients)
 
 
 def _logit_gradient(blocks: LogitBlocks, tile: Tile, tokens: slice, upstream: _Upstream) -> Tensor:
     """The loss's gradient at one block of hidden @ weight.T, ready to multiply."""
-    block = blocks.logits(tile, tokens).sub_(upstream.maximum[tokens, None])
+    block = blocks.logits(tile, tokens)
+    if blocks.kernels is not None:
+        gradient = blocks.gradient(block)
+        blocks.kernels.logit_gradient(
+            block,
+            tile.first_id,
+            upstream.maximum[tokens],
+            upstream.offset[tokens],
+            None if upstream.slope is None else upstream.slope[tokens],
+            upstream.ids[tokens],
+            upstream.gradients[tokens],
+            gradient,
+        )
+        return gradient
+    block.sub_(upstream.maximum[tokens, None])
     offset = upstream.offset[tokens, None]
     if upstream.slope is None:
         block.exp_().mul_(offset)
     else:
         weights = torch.exp(block, out=blocks.scratch(block))
         block.mul_(upstream.slope[tokens, None]).add_(offset).mul_(weights)
-    for ids, gradients in upstream.picked:
-        places, here = tile.locate(ids[tokens])
-        block.scatter_add_(1, places, gradients[tokens].where(here, 0.0))
+    places, here = tile.locate(upstream.ids[tokens])
+    block.scatter_add_(1, places, upstream.gradients[tokens].where(here, 0.0))
     return block.to(blocks.operand_dtype)

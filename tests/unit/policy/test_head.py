@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megasd.policy.config import ModelConfig
 from megasd.policy.head import blocks
-from megasd.policy.head.head import HeadOutput, vocabulary_head
+from megasd.policy.head.divergence import full_divergence
+from megasd.policy.head.head import HeadOutput, sample_ids, vocabulary_head
 
 TOKENS, HIDDEN, VOCAB, PADDING = 20, 6, 37, 4
 
@@ -23,8 +26,10 @@ def _several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 class Problem:
     """Inputs with padding rows of NaN, and gradients that arrive at the two outputs."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64, tokens: int = TOKENS) -> None:
-        random = torch.Generator().manual_seed(7)
+    def __init__(
+        self, dtype: torch.dtype = torch.float64, tokens: int = TOKENS, seed: int = 7
+    ) -> None:
+        random = torch.Generator().manual_seed(seed)
         self.hidden = torch.randn(tokens, HIDDEN, generator=random).to(dtype).requires_grad_()
         weight = torch.randn(VOCAB + PADDING, HIDDEN, generator=random)
         weight[VOCAB:] = torch.nan
@@ -348,3 +353,76 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position(wrong: int) -> 
     problem.ids[4, 2] = wrong
     with pytest.raises(ValueError, match=rf"id {wrong} at position 4, 2 is outside"):
         problem.fused(ids=problem.ids)
+
+
+def test_without_working_triton_a_gpu_gets_torchs_operations_and_one_warning() -> None:
+    blocks.find_kernels.cache_clear()
+    with pytest.warns(RuntimeWarning, match="without its Triton kernels") as said:
+        found = [blocks.find_kernels("cuda") for _ in range(2)]
+    assert found == [None, None]
+    assert len(said) == 1
+    blocks.find_kernels.cache_clear()
+
+
+def test_nothing_waits_for_a_gpu() -> None:
+    """Tensors of `meta` have no values: whoever asks for one, as a synchronisation does, fails."""
+    with torch.device("meta"):
+        hidden, weight = (torch.ones(n, 8, requires_grad=True) for n in (6, 32))
+        ids = torch.zeros(6, 3, dtype=torch.int64)
+        settings = {"vocab_size": 30, "chunk_tokens": 4}
+        output = vocabulary_head(hidden, weight, ids[:, 0], ids=ids, top_k=2, **settings)
+        value = full_divergence(hidden, weight, hidden, weight, kind="jsd", **settings)
+        assert output.at_ids is not None
+        (output.logprobs + output.entropy + output.at_ids.sum(dim=1) + value).sum().backward()
+        sample_ids(hidden, weight, torch.zeros(6, 2), **settings)
+
+
+class _Buffered:
+    """What Megatron's DDP gives a parameter, and its hook."""
+
+    def __init__(self, weight: Tensor, *, is_embedding: bool = False) -> None:
+        self.weight: Any = weight
+        self.weight.main_grad = torch.zeros(weight.shape)
+        self.weight.grad_added_to_main_grad = False
+        self.weight.zero_out_wgrad = is_embedding
+        weight.register_post_accumulate_grad_hook(self._hook)
+
+    def _hook(self, weight: Any) -> None:
+        if not weight.grad_added_to_main_grad or weight.zero_out_wgrad:
+            weight.main_grad.add_(weight.grad)
+        weight.grad = None
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_weights_gradient_is_summed_in_main_grad_without_rounding(is_tied: bool) -> None:
+    whole = Problem(torch.bfloat16)
+    weight = whole.weight
+    buffered = _Buffered(weight, is_embedding=is_tied)
+    expected = torch.zeros(weight.shape, dtype=torch.float64)
+    for seed in range(3):
+        problem = Problem(torch.bfloat16, seed=seed)
+        problem.weight = weight
+        exact = weight.detach().double().requires_grad_()
+        reference = vocabulary_head(
+            problem.hidden.detach().double(), exact, problem.targets, vocab_size=VOCAB
+        )
+        values = list(problem.fused(chunk_tokens=7)[:2])
+        references = list(reference[:2])
+        upstreams = [*problem.upstream]
+        if is_tied:
+            rows = problem.targets[:5]
+            values.append(functional.embedding(rows, weight).float())
+            references.append(functional.embedding(rows, exact))
+            upstreams.append(torch.ones(5, HIDDEN))
+        torch.autograd.backward(values, upstreams)
+        torch.autograd.backward(references, [x.double() for x in upstreams])
+        assert exact.grad is not None
+        expected += exact.grad
+    assert weight.grad is None
+    torch.testing.assert_close(buffered.weight.main_grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_larger_on_a_gpu_unless_the_configuration_says_how_large() -> None:
+    assert ModelConfig().head_chunk_tokens_on("cuda") == 4096
+    assert ModelConfig().head_chunk_tokens_on("cpu") == 1024
+    assert ModelConfig(head_chunk_tokens=7).head_chunk_tokens_on("cuda") == 7

@@ -170,3 +170,21 @@ def test_owners_keep_their_rollouts_in_every_pass_and_every_rank_gets_as_many_mi
             mine = [i for i in range(30) if owners[i] == rank and views[i] is not None]
             assert tokens == [t for i in mine for t in range(offsets[i], offsets[i + 1])]
         assert len(counts) == 1
+
+
+@pytest.mark.parametrize(("token", "wrong"), [(2, -1), (4, 1000)])
+def test_a_token_outside_the_vocabulary_is_named_before_a_gpu_sees_it(
+    token: int, wrong: int
+) -> None:
+    views = [a_view(3, 2), a_view(3, 2)]
+    ids = views[1].prompt_ids if token < 3 else views[1].response_ids
+    part, place = ("prompt", token) if token < 3 else ("response", token - 3)
+    ids[place] = wrong
+    keep = torch.ones(4, dtype=torch.bool)
+    sizes = {"max_tokens": 10, "rank": 0, "num_ranks": 1, "vocab_size": 1000}
+    with pytest.raises(
+        ValueError, match=f"token {wrong} at position {place} of the {part} of rollout 1 is outside"
+    ):
+        pack(views, offsets_of(views), keep, **sizes)
+    ids[place] = 999
+    pack(views, offsets_of(views), keep, **sizes)
