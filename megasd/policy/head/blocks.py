@@ -299,7 +299,7 @@ def input_gradients(
                 _add_product(grad_hidden[tokens], block, tile.weight)
             if sums is not None:
                 _add_product(sums, block.T, blocks.hidden[tokens])
-        if grad_weight is not None:
+        if grad_weight is not None and sums is not None:
             grad_weight[tile.rows] = sums
     if grad_hidden is not None:
         grad_hidden = grad_hidden.to(hidden.dtype)

@@ -10,8 +10,8 @@ Of a block [n, columns], float32 and contiguous, `first_id` is the vocabulary id
 
 from typing import TYPE_CHECKING
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton  # pyright: ignore[reportMissingModuleSource]
+import triton.language as tl  # pyright: ignore[reportMissingModuleSource]
 
 if TYPE_CHECKING:
     from torch import Tensor

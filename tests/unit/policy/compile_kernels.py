@@ -23,7 +23,7 @@ TYPES |= dict.fromkeys(("alpha", "clip"), "fp32")
 
 def main(triton_folder: Path) -> None:
     sys.path.append(str(triton_folder))
-    from triton import knobs  # pyright: ignore[reportMissingImports]
+    from triton import knobs  # pyright: ignore[reportMissingModuleSource]
 
     from megasd.policy.head import kernels
 
@@ -41,7 +41,7 @@ def main(triton_folder: Path) -> None:
 
 
 def spilled_bytes(kernel: Any, assembler: Path, folder: Path) -> int:
-    import triton  # pyright: ignore[reportMissingImports]
+    import triton  # pyright: ignore[reportMissingModuleSource]
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 

@@ -35,7 +35,7 @@ def interpreted_kernels() -> Iterator[ModuleType]:
         try:
             yield kernels
         finally:
-            vars(head).pop("kernels", None)
+            head.__dict__.pop("kernels", None)
             for name in set(sys.modules) - before:
                 if name.partition(".")[0] == "triton" or name == kernels.__name__:
                     _aside[name] = sys.modules.pop(name)

@@ -369,7 +369,7 @@ def test_nothing_waits_for_a_gpu() -> None:
     with torch.device("meta"):
         hidden, weight = (torch.ones(n, 8, requires_grad=True) for n in (6, 32))
         ids = torch.zeros(6, 3, dtype=torch.int64)
-        settings = {"vocab_size": 30, "chunk_tokens": 4}
+        settings: Any = {"vocab_size": 30, "chunk_tokens": 4}
         output = vocabulary_head(hidden, weight, ids[:, 0], ids=ids, top_k=2, **settings)
         value = full_divergence(hidden, weight, hidden, weight, kind="jsd", **settings)
         assert output.at_ids is not None

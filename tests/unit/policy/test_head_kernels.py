@@ -246,7 +246,7 @@ def test_a_full_divergence_takes_four_products_and_three_passes_forward_four_and
 ) -> None:
     def values_of(hidden: Tensor, weight: Tensor) -> list[Tensor]:
         teacher = hidden.detach() + 1, weight.detach() + 1
-        settings = {"vocab_size": 2 * ROWS, "chunk_tokens": CHUNK}
+        settings: Any = {"vocab_size": 2 * ROWS, "chunk_tokens": CHUNK}
         return [full_divergence(hidden, weight, *teacher, kind="jsd", **settings)]
 
     forward, backward = measure(monkeypatch, values_of)

@@ -181,7 +181,7 @@ def test_a_token_outside_the_vocabulary_is_named_before_a_gpu_sees_it(
     part, place = ("prompt", token) if token < 3 else ("response", token - 3)
     ids[place] = wrong
     keep = torch.ones(4, dtype=torch.bool)
-    sizes = {"max_tokens": 10, "rank": 0, "num_ranks": 1, "vocab_size": 1000}
+    sizes: Any = {"max_tokens": 10, "rank": 0, "num_ranks": 1, "vocab_size": 1000}
     with pytest.raises(
         ValueError, match=f"token {wrong} at position {place} of the {part} of rollout 1 is outside"
     ):
