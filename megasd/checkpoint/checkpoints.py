@@ -82,7 +82,7 @@ class Checkpoints:
         self._begun = clock()  # the last save
         # Of the threads that write: they talk whenever they are done, not in the order of a step.
         self._group = together.patient_group()
-        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._shared = Shared(dist.get_process_group_ranks(replicas))
         self._writing: tuple[int, Writing] | None = None
         self._is_validated = False  # the plan of a save: its shards do not change in a run
