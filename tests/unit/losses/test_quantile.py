@@ -67,12 +67,12 @@ def test_of_equal_entropies_the_first_of_a_mini_batch_are_learnt_from() -> None:
     batch = a_batch()
     assert batch.entropy is not None
     batch.entropy[:] = (batch.entropy * 4).round()
-    path = batch.response_mask.long() - 1
+    path, entropy = batch.response_mask.long() - 1, batch.entropy.tolist()
     ones = torch.ones_like(batch.entropy)
     chosen = only_highest_entropy(Credit(ones, ones, path), batch, share=0.3).path >= 0
     for minibatch in (0, 1):
         tokens = ((path >= 0) & (batch.minibatch_ids[batch.rollout_ids] == minibatch)).nonzero()
-        order = sorted(tokens[:, 0].tolist(), key=lambda i: (-float(batch.entropy[i]), i))
+        order = sorted(tokens[:, 0].tolist(), key=lambda i: (-entropy[i], i))
         expected = set(order[: int(np.ceil(0.3 * len(order)))])
         assert {i for i in tokens[:, 0].tolist() if chosen[i]} == expected
 
