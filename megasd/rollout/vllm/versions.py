@@ -4,6 +4,7 @@
 - 0.26, on a CPU: a batch with a greedy request in it ignores all seeds (vllm's
   `TopKTopPSampler.forward_cpu`), so those requests would not be answered alike twice. A call of
   the trainer's has one temperature, so it makes no such batch. GPUs heed every seed.
+- 0.26, on a GPU: logits of dense models are divided by the temperature in bfloat16 (docs/sync.md).
 - 0.28 to 0.32 (torch 2.13): no `trainer_send_weights`. The CPU tests run 0.32.
 - 0.33 pins torch 2.14, beyond what pyproject.toml allows: megatron-core is not tried with it.
 
