@@ -89,7 +89,7 @@ class GRPOWithOPSD(Distillation, PolicyGradient):
         if self.coef == 1:
             return super().token_loss(student, batch, credit)
         loss, metrics = PolicyGradient.token_loss(self, student, batch, credit)
-        if self.coef == 0 or not batch.has_context().any():  # of the whole batch: nothing was read
+        if self.coef == 0 or "teacher" not in batch.teachers:  # no rollout of the batch was read
             return TokenLoss(loss, metrics)
         is_read = batch.response_mask & batch.has_context()[batch.rollout_ids]
         divergences = torch.where(is_read, self.divergences(student, batch), 0.0)

@@ -91,12 +91,12 @@ class SRPO(Distillation, PolicyGradient):
 
     def token_loss(self, student: StudentOutput, batch: ResponseBatch, credit: Credit) -> TokenLoss:
         loss, metrics = PolicyGradient.token_loss(self, student, batch, credit)
-        is_routed = self.is_routed(batch)
-        if not is_routed.any():  # of the whole batch: nothing was read, there is no support
+        if "teacher" not in batch.teachers:  # no rollout of the batch was read: no support
             return TokenLoss(loss, metrics)
         assert batch.old_logprobs is not None  # promised by the loop
         ratio = truncated_importance_ratio(
             student.logprobs, batch.old_logprobs, maximum=self.max_importance_ratio
         )
         distillation = ratio * self.divergences(student, batch)
-        return TokenLoss(torch.where(is_routed[batch.rollout_ids], distillation, loss), metrics)
+        is_routed = self.is_routed(batch)[batch.rollout_ids]
+        return TokenLoss(torch.where(is_routed, distillation, loss), metrics)
