@@ -98,8 +98,7 @@ class UpdateResult:
     """What became of one mini-batch; but for `stepped`, everything is as it was before.
 
     `logprobs` and `entropy` [N] at its start, where `read`, are kept where nothing else has read
-    them before the update; of other steps that are skipped by the first rank, which leaves the
-    bundle, and in the host's memory: a step may have many.
+    them before the update, and of a skipped step for its bundle.
     """
 
     outcome: UpdateOutcome
@@ -212,15 +211,10 @@ def update(
     with state.precision(backward=True):
         forward.run(state.ddp, microbatches, finish, backward=True, device=state.device)
     result = _finish(state, sums, int(read.sum()), lr)
-    is_first_reading = batch.old_logprobs is None
-    if not (result.skipped or is_first_reading):
+    if not (result.skipped or batch.old_logprobs is None):
         return result  # nobody asks what the tokens' values were
     logprobs, entropy = _on_every_rank(seen, len(read), state.device)
-    if is_first_reading:
-        return replace(result, logprobs=logprobs, entropy=entropy, read=read.to(state.device))
-    if dist.get_rank() == 0:
-        return replace(result, logprobs=logprobs.cpu(), entropy=entropy.cpu(), read=read)
-    return result
+    return replace(result, logprobs=logprobs, entropy=entropy, read=read.to(state.device))
 
 
 def _token_loss(

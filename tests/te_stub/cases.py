@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed import methods_cases
 from tests.distributed import policy_cases as cases
-from tests.te_stub import kernels, stand_in
+from tests.te_stub import kernels, stand_in, waits
 
 VOCABULARY = 121
 
@@ -101,3 +101,25 @@ def swap_teachers(folder: Path, settings: Mapping[str, Any]) -> dict[str, list[n
     policy.update(views, offsets, batch, credit, cases.PlainLoss(), minibatch=0)
     read()
     return seen
+
+
+def waits_of_passes(
+    folder: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]
+) -> tuple[int, Counter[str]]:
+    """Micro-batches of a step of each method; where they would wait for a GPU, and how often."""
+    from megasd.policy import forward
+
+    run, found, sizes = forward.run, Counter[str](), list[int]()
+
+    def run_and_count(model: Any, microbatches: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(microbatches))
+        with waits.counted(found):
+            return run(model, microbatches, *args, **kwargs)
+
+    methods_cases.STEPS = 1
+    forward.run = run_and_count
+    try:
+        methods_cases.train_methods(folder, settings, methods)
+    finally:
+        forward.run = run
+    return sum(sizes), found
