@@ -1,34 +1,89 @@
 """`megasd compare` on a model so small that a run takes seconds."""
 
 import json
+import math
 import os
 import signal
 import subprocess
+import sys
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megasd.compare import execute
 from megasd.metrics.records import METRICS_FILE, read_rows
+from megasd.testing.forked import Forked, complete
 from tests.end_to_end import workspace
 
 RUNS = ["grpo-seed0", "grpo-seed1", "rlsd-seed0", "rlsd-seed1"]
 
 
-def compare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        workspace.command("compare", *arguments), capture_output=True, text=True, check=False
+class ForkedRun:
+    """A run as `compare` starts it, forked from it: what both import is there already."""
+
+    def __init__(self, command: Sequence[str], *, stdout: Any, env: Any, **_: Any) -> None:
+        arguments = command[command.index("megasd.cli") + 1 :]
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ.update(env)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            code = 1
+            try:
+                code = workspace.run_megasd(*arguments)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def __enter__(self) -> "ForkedRun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def wait(self, timeout: float = math.inf) -> int:
+        began = time.monotonic()
+        while self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > began + timeout:
+                raise subprocess.TimeoutExpired("a run", timeout)
+            else:
+                time.sleep(0.01)
+        return self.returncode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+
+def with_forked_runs(*arguments: str) -> int:
+    module: Any = execute
+    module.subprocess = SimpleNamespace(
+        Popen=ForkedRun,
+        DEVNULL=subprocess.DEVNULL,
+        STDOUT=subprocess.STDOUT,
+        TimeoutExpired=subprocess.TimeoutExpired,
     )
+    return workspace.run_megasd("compare", *arguments)
+
+
+def compare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return complete([Forked(with_forked_runs, *map(str, arguments))])
 
 
 def interrupt_in(run: Path, *arguments: str | Path) -> None:
     """Starts a comparison and kills it, with the run that it waits for, in mid-training."""
-    process = subprocess.Popen(
-        workspace.command("compare", *arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = Forked(with_forked_runs, *map(str, arguments))
     deadline = time.monotonic() + 120
     while len(read_rows(run / METRICS_FILE)) < 3:
         assert process.poll() is None, "the comparison was over before it could be killed"
@@ -88,7 +143,8 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> No
     # A file where the run will want to write: only the run itself can find that out.
     (results / "grpo-seed0").mkdir(parents=True)
     (results / "grpo-seed0" / "checkpoints").write_text("")
-    done = compare(config, "--algorithms", "grpo,rlsd", "--seeds", "1")
+    asked = workspace.command("compare", config, "--algorithms", "grpo,rlsd", "--seeds", "1")
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "[1/2] grpo seed 0: failed" in done.stdout
     assert "[2/2] rlsd seed 0: done" in done.stdout
