@@ -2,6 +2,7 @@
 
     python tools/bench_head.py                          # 8,192 tokens x 512 hidden x 151,936 ids
     python tools/bench_head.py --vocab 32000 --json     # smaller; the last line is one JSON object
+    python tools/bench_head.py --hidden 4096            # on a GPU, as wide as an 8B model
 
 Forward and backward of per-token log-probs, gradients of hidden states and weight: float32 on a
 CPU, bfloat16 (float32 logits) on a GPU. Every run is a fresh process, the variants take turns,
@@ -9,6 +10,9 @@ medians are printed. Memory is the peak during the step over what was in use rig
 (gradients and graph included, inputs not): resident memory on a CPU, allocated memory on a GPU.
 `fused+entropy` also differentiates the entropy, which the other two do not. On a busy machine
 read the CPU seconds: the time ratio is of wall-clock seconds.
+
+On a GPU `products` is the floor of what keeps no logits: the four products of all tokens with all
+ids (the logits, again, and both gradients) in one piece each, in bfloat16, and nothing else.
 """
 
 import argparse
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIANTS = ("naive", "fused", "fused+entropy")
+FLOOR = "products"
 MIB = 2**20
 
 
@@ -33,11 +38,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--chunk-tokens", type=int, default=1024)
+    parser.add_argument("--chunk-tokens", type=int, help="model.head_chunk_tokens (its default)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=(*VARIANTS, FLOOR), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args)))
@@ -46,6 +51,8 @@ def main() -> None:
     for _ in range(args.repeats):
         for variant in VARIANTS:
             runs[variant].append(run_fresh(variant))
+        if runs["naive"][0]["device"] != "cpu":
+            runs.setdefault(FLOOR, []).append(run_fresh(FLOOR))
     report(args, runs)
 
 
@@ -120,15 +127,24 @@ def step(
 ) -> "Tensor":
     import torch
 
+    from megasd.policy.config import ModelConfig
     from megasd.policy.head.head import vocabulary_head
 
+    if args.measure == FLOOR:
+        with torch.no_grad():
+            _ = hidden @ weight.T
+            logits = hidden @ weight.T
+            hidden.grad, weight.grad = logits @ weight, logits.T @ hidden
+        return upstream
     if args.measure == "naive":
         logprobs = torch.log_softmax((hidden @ weight.T).float(), -1)
         logprobs = logprobs.gather(1, targets[:, None]).squeeze(1)
         logprobs.backward(upstream)
         return logprobs.detach()
+    model = ModelConfig(head_chunk_tokens=args.chunk_tokens)
+    chunk_tokens = model.head_chunk_tokens_on(hidden.device.type)
     logprobs, entropy, *_ = vocabulary_head(
-        hidden, weight, targets, vocab_size=weight.shape[0], chunk_tokens=args.chunk_tokens
+        hidden, weight, targets, vocab_size=weight.shape[0], chunk_tokens=chunk_tokens
     )
     if args.measure == "fused":
         logprobs.backward(upstream)
@@ -181,7 +197,7 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> N
     )
     ratios: dict[str, float] = {}
     summary: dict[str, Any] = {}
-    for variant in VARIANTS:
+    for variant in runs:
         values = {key: median(variant, key) for key in ("seconds", "cpu_seconds", "extra_bytes")}
         seconds, cpu_seconds, extra = values.values()
         times = seconds / median("naive", "seconds")
@@ -193,6 +209,9 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> N
         summary[variant] = values
         if variant == "fused":
             ratios = {"memory_ratio": memory, "time_ratio": times}
+    if FLOOR in runs:
+        ratios["floor_ratio"] = median("fused", "seconds") / median(FLOOR, "seconds")
+        print(f"fused takes {ratios['floor_ratio']:.2f} times the four products alone")
     pairs = zip(about["results"], runs["fused"][0]["results"], strict=True)
     difference = max(abs(ours / naive - 1) for naive, ours in pairs)
     print(f"largest relative difference of mean log-prob and gradient norms: {difference:.1e}")

@@ -275,11 +275,11 @@ def _head(cut: Cut, config: Config) -> tuple[float, float]:
     tokens, hidden, e = cut.tokens, cut.model.hidden, cut.dtype_bytes
     ids = config.algorithm.needs.support_size
     saved = tokens * (hidden * e + 8 + 8 + 12 + ids * (8 + 8 * 4))
-    # On a GPU: logits, of a teacher too, and their gradient.
+    chunk = min(config.model.head_chunk_tokens_on("cuda"), tokens)
     teachers = 4 if config.algorithm.needs.teacher_hidden else 0
-    blocks = config.model.head_chunk_tokens_on("cuda") * HEAD_ROWS * (4 + teachers + e)
+    blocks = chunk * HEAD_ROWS * (4 + teachers + e)  # logits of both sides, their gradient
     working = tokens * hidden * (4 + e) + _head_shard(cut.model, config.parallel) * e
-    working += blocks + HEAD_ROWS * hidden * 4
+    working += blocks
     return saved, max(last_norm_saved(cut) + saved + working, last_norm_going_backward(cut))
 
 

@@ -1,11 +1,12 @@
-"""The fused head on a GPU: bfloat16 products with float32 sums, and its memory."""
+"""The fused head on a GPU: its Triton kernels, bfloat16 products with float32 sums, its memory."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from megasd.losses.divergence import DivergenceKind, divergence
+from megasd.policy.head import blocks
 from megasd.policy.head.divergence import full_divergence
 from megasd.policy.head.head import sample_ids, vocabulary_head
 
@@ -149,7 +150,64 @@ def test_the_full_divergence_and_its_gradients_are_the_dense_ones(
     _assert_close_in_norm(ours, dense, gradient_tolerance)
 
 
-def test_peak_memory_is_two_blocks_and_the_gradients() -> None:
+def _everything(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> list[Any]:
+    """Of one micro-batch: head with ids and top ids, divergence, and the gradients of both."""
+    settings: Any = {"vocab_size": VOCAB, "temperature": 0.8, "chunk_tokens": 1024}
+    ids = (targets[:, None] + torch.arange(8, device="cuda") // 2) % VOCAB  # each twice
+    output = vocabulary_head(hidden, weight, targets, ids=ids, top_k=50, **settings)
+    value = full_divergence(
+        hidden, weight, *_teacher(hidden.dtype), kind="jsd", entry_clip=0.05, **settings
+    )
+    assert output.at_ids is not None
+    assert output.top is not None
+    loss = (output.logprobs + output.entropy + output.at_ids.sum(dim=1) + value).sum()
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    return [output.logprobs, output.entropy, output.at_ids, *output.top, value, *gradients]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_give_what_torchs_operations_give(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert blocks.find_kernels("cuda") is not None
+    hidden, weight, targets, _ = _inputs(dtype)
+    ours = _everything(hidden, weight, targets)
+    monkeypatch.setattr(blocks, "find_kernels", lambda _: None)
+    *values, of_hidden, of_weight = _everything(hidden, weight, targets)
+    for one, other in zip(ours, values, strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    _assert_close_in_norm((ours[-2], ours[-1]), (of_hidden, of_weight), 1e-2)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    hidden, weight, targets, _ = _inputs(torch.bfloat16)
+    _everything(hidden, weight, targets)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _everything(hidden, weight, targets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_main_grad_sums_the_weights_gradients_in_float32() -> None:
+    hidden, weight, targets, upstream = _inputs(torch.bfloat16)
+    (alone,) = torch.autograd.grad(
+        list(vocabulary_head(hidden, weight, targets, vocab_size=VOCAB)[:2]),
+        weight,
+        list(upstream),
+    )
+    buffered: Any = weight
+    buffered.main_grad = torch.ones(weight.shape, device="cuda")
+    buffered.grad_added_to_main_grad = False
+    output = vocabulary_head(hidden, weight, targets, vocab_size=VOCAB)
+    torch.autograd.backward(list(output[:2]), list(upstream))
+    assert buffered.grad_added_to_main_grad
+    added = buffered.main_grad - 1
+    _assert_close_in_norm((added,), (alone,), 5e-3)
+    assert not torch.equal(added, added.bfloat16().float())  # it was not rounded
+
+
+def test_peak_memory_is_a_block_its_gradient_and_the_gradients() -> None:
     hidden, weight, targets, upstream = _inputs(torch.bfloat16)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -157,14 +215,16 @@ def test_peak_memory_is_two_blocks_and_the_gradients() -> None:
     output = vocabulary_head(hidden, weight, targets, vocab_size=VOCAB, chunk_tokens=512)
     torch.autograd.backward(list(output[:2]), list(upstream))
     extra = torch.cuda.max_memory_allocated() - before
-    blocks = (4 + 4 + 2) * 512 * 8192  # logits, exponentials, the gradient in bfloat16
+    block = (4 + 2) * 512 * 8192  # logits, their gradient in bfloat16
     sums = 4 * (8192 + TOKENS) * HIDDEN
     gradients = 2 * (weight.numel() + hidden.numel())
     workspace_and_statistics = 2**26
-    assert extra < blocks + sums + gradients + workspace_and_statistics
+    assert extra < block + sums + gradients + workspace_and_statistics
 
 
-def test_peak_memory_of_the_full_divergence_is_fourteen_blocks_and_the_gradients() -> None:
+def test_peak_memory_of_the_full_divergence_is_two_blocks_their_gradient_and_the_gradients() -> (
+    None
+):
     hidden, weight, _, (upstream, _) = _inputs(torch.bfloat16)
     teacher = _teacher(torch.bfloat16)
     torch.cuda.synchronize()
@@ -175,8 +235,8 @@ def test_peak_memory_of_the_full_divergence_is_fourteen_blocks_and_the_gradients
     )
     value.backward(upstream)
     extra = torch.cuda.max_memory_allocated() - before
-    blocks = 15 * 4 * 512 * 8192
+    block = (4 + 4 + 2) * 512 * 8192  # logits of both, the gradient in bfloat16
     sums = 4 * (8192 + TOKENS) * HIDDEN
     gradients = 2 * (weight.numel() + hidden.numel())
     workspace_and_statistics = 2**26
-    assert extra < blocks + sums + gradients + workspace_and_statistics
+    assert extra < block + sums + gradients + workspace_and_statistics
