@@ -55,7 +55,7 @@ class Rollout:
     prompt: Prompt
     group_id: int  # rollouts of one prompt in one step share it
     sample: int  # 0 .. group_size - 1 within the group
-    token_ids: np.ndarray  # [T] int64, the end-of-sequence token included when it was sampled
+    token_ids: np.ndarray  # [T] int32, the end-of-sequence token included when it was sampled
     logprobs: np.ndarray | None  # [T] float32, of what was really sampled; None: not sampled
     text: str  # decoded without special tokens
     finish_reason: FinishReason
@@ -89,7 +89,7 @@ class View:
     """One context plus the response: what one forward pass reads of a rollout."""
 
     prompt_ids: np.ndarray  # [P] int64: the plain prompt, or the prompt with privileged context
-    response_ids: np.ndarray  # [T] int64: the same ids in every view of a rollout
+    response_ids: np.ndarray  # [T] int32: the same ids in every view of a rollout
 
     @property
     def num_tokens(self) -> int:

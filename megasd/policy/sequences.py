@@ -207,7 +207,7 @@ def _lay_out(
         whole, rest = divmod(padding, len(filler))
         lengths += [len(filler)] * whole + [rest] * (rest > 0)
         ids.append(np.resize(filler, padding))
-    token_ids = torch.from_numpy(np.concatenate(ids))
+    token_ids = torch.from_numpy(np.concatenate(ids, dtype=np.int64))
     row_index = torch.from_numpy(np.concatenate([*rows, np.zeros(0, dtype=np.int64)]))
     return Microbatch(
         token_ids=token_ids,

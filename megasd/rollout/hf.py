@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Response:
     """What the decoding loop knows of one row."""
 
-    token_ids: np.ndarray  # [T] int64
+    token_ids: np.ndarray  # [T] int32
     logprobs: np.ndarray  # [T] float32
     stopped: bool  # on an end-of-sequence token, not on the length limit
 
@@ -182,7 +182,7 @@ class HFEngine:
             ),
         )
         columns = (
-            token_ids.cpu().numpy(),
+            token_ids.int().cpu().numpy(),
             logprobs.cpu().numpy(),
             lengths.tolist(),
             stopped.tolist(),

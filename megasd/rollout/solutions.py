@@ -38,7 +38,7 @@ class SolutionsEngine:
                 "add one, or choose an algorithm that samples responses"
             )
         solution, end = encode_text(self._tokenizer, prompt.solution), self._tokenizer.eos_token_id
-        whole = np.array([*solution, end], dtype=np.int64)
+        whole = np.array([*solution, end], dtype=np.int32)
         return Rollout(
             prompt=prompt,
             group_id=request.group_id,

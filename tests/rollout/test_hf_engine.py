@@ -204,6 +204,7 @@ def test_rollouts_keep_the_requests_order_and_provenance(folder: Path) -> None:
         assert rollout.prompt is request.prompt
         assert (rollout.group_id, rollout.sample) == (request.group_id, request.sample)
         assert rollout.policy_version == 7
+        assert rollout.token_ids.dtype == np.int32, "they travel to every rank"
     assert loaded_engine(folder).generate([]) == []
 
 

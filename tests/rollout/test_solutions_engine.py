@@ -40,7 +40,7 @@ def test_a_response_is_the_solution_and_the_end_of_sequence_token(engine: Soluti
     exact, other = engine.generate([request("1+2=3", 6), request("a  b .", 50, sample=1)])
     ids = TOKENIZER.convert_tokens_to_ids([*"1+2=3", "<|eos|>"])
     assert exact.token_ids.tolist() == ids
-    assert exact.token_ids.dtype == np.int64
+    assert exact.token_ids.dtype == np.int32
     assert (exact.finish_reason, exact.text, exact.logprobs) == ("stop", "1+2=3", None)
     assert (other.text, other.group_id, other.sample, other.prompt.index) == ("a  b .", 5, 1, 3)
 

@@ -71,7 +71,9 @@ def test_three_updates_in_place_sample_exactly_what_each_model_says(dense: Setup
         dense.engine.generate(greedy_requests())
     for version in (1, 2, 0):
         dense.load(version, version)
-        check_greedy(dense.folders[version], dense.engine.generate(greedy_requests()), version)
+        rollouts = dense.engine.generate(greedy_requests())
+        check_greedy(dense.folders[version], rollouts, version)
+        assert {rollout.token_ids.dtype for rollout in rollouts} == {np.dtype(np.int32)}
     metrics = dense.engine.metrics()
     assert metrics["engine/tokens_per_second"] > 0
     assert metrics["engine/queue_max"] > 0, "40 requests, 32 sequences at a time"

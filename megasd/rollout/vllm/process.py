@@ -185,7 +185,7 @@ class Engine:
                 "id": output.request_id,
                 "incarnation": self._incarnation,
                 "version": self._version,
-                "token_ids": np.asarray(result.token_ids, dtype=np.int64),
+                "token_ids": np.asarray(result.token_ids, dtype=np.int32),
                 # One id per position: none at a prompt's first token, which has no log-prob.
                 "logprobs": np.asarray(scores.logprobs, dtype=np.float32),
                 "finish_reason": result.finish_reason,

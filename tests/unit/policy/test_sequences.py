@@ -14,7 +14,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def a_view(prompt: int, response: int) -> View:
-    ids = RANDOM.integers(0, 1000, prompt + response)
+    ids = RANDOM.integers(0, 1000, prompt + response, dtype=np.int32)  # as rollouts travel
     return View(prompt_ids=ids[:prompt], response_ids=ids[prompt:])
 
 
@@ -81,6 +81,7 @@ def test_each_kept_token_is_read_once_off_the_row_before_it(
         assert (len({len(batch.token_ids) for batch in batches}) == 1) == one_length
         for batch in batches:
             assert len(batch.token_ids) % multiple == 0
+            assert batch.token_ids.dtype == batch.targets.dtype == torch.int64, "they are indices"
             assert batch.sequence_starts[-1] == len(batch.token_ids)
             starts = batch.sequence_starts.tolist()
             for start, end in itertools.pairwise(starts):
