@@ -6,17 +6,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megasd.rollout.config import VLLMConfig
 from megasd.rollout.engine import EngineLostError
 from megasd.rollout.vllm.engine import VLLMEngine
+from megasd.testing.ranks import Ranks
 from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
 from megasd.types import Rollout
 from megasd.weights.bucket import Bucket
@@ -61,18 +64,23 @@ def buckets_of(folder: Path) -> Iterator[Bucket]:
         yield bucket
 
 
-def make_engine(folder: Path, run_folder: Path, **options: Any) -> VLLMEngine:
+def make_engine(folder: Path, run_folder: Path, group: Any = None, **options: Any) -> VLLMEngine:
+    """Fed by this process, or by each rank of `group` from its own GPU."""
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     settings: dict[str, Any] = {"kv_cache_gib": 1.0, "max_sequences": 64, "timeout_seconds": 120}
     return VLLMEngine(
         VLLMConfig(**settings | options),
         folder,
         AutoTokenizer.from_pretrained(folder),
         dtype=torch.bfloat16,
-        device=torch.device("cuda", 0),
+        device=torch.device("cuda", rank),
         hf_shapes={name: tuple(tensor.shape) for name, tensor in weights_of(folder).items()},
         max_tokens=512,
         run_folder=run_folder,
         name="engine0",
+        rank_in_engine=rank,
+        engine_size=ranks,
+        group=group,
     )
 
 
@@ -143,14 +151,18 @@ def test_float8_weights_sample_close_to_their_originals(kind: str, tmp_path: Pat
         engine.close()
 
 
+def start_agent(run_folder: Path, gpus: str) -> subprocess.Popen[bytes]:
+    arguments = ["--listen", "127.0.0.1:0", "--folder", str(run_folder / "engines")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "megasd.rollout.vllm.host", *arguments, "--name", "engine0"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus},
+    )
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_nccl_feeds_an_engine_on_another_gpu(tmp_path: Path) -> None:
     folders = make_models("moe", tmp_path)
-    arguments = ["--listen", "127.0.0.1:0", "--folder", str(tmp_path / "engines")]
-    agent = subprocess.Popen(
-        [sys.executable, "-m", "megasd.rollout.vllm.host", *arguments, "--name", "engine0"],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
-    )
+    agent = start_agent(tmp_path, "1")
     engine = make_engine(folders[0], tmp_path, placement="server")
     try:
         for version, folder in enumerate(folders):
@@ -169,5 +181,41 @@ def test_nccl_feeds_an_engine_on_another_gpu(tmp_path: Path) -> None:
         assert gaps(folders[1], engine.generate(greedy_requests())).mean() < 0.05
     finally:
         engine.close()
+        agent.terminate()
+        agent.wait()
+
+
+def feed_shared_experts(folders: list[Path], run_folder: Path) -> None:
+    """Of two ranks: each sends one worker its half of the four experts, and all else."""
+    rank = dist.get_rank()
+    torch.cuda.set_device(rank)
+    group = dist.new_group([0, 1], backend="gloo", timeout=timedelta(seconds=600))
+    options = {"placement": "server", "tensor": 2, "expert_parallel": True}
+    engine = make_engine(folders[0], run_folder, group, **options)
+    others = [f".experts.{expert}." for expert in range(4) if expert // 2 != rank]
+    try:
+        for version, folder in enumerate(folders):
+            mine = (
+                bucket
+                for bucket in buckets_of(folder)
+                if not any(expert in name for name in bucket.tensors for expert in others)
+            )
+            engine.load_weights(mine, version)
+            if rank == 0:
+                assert gaps(folder, engine.generate(greedy_requests())).mean() < 0.05
+    finally:
+        engine.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_feed_workers_that_share_experts_by_nccl(tmp_path: Path) -> None:
+    """Each worker runs on the GPU of the other's rank: NCCL wants two GPUs for two ends."""
+    folders = make_models("moe", tmp_path)
+    agent = start_agent(tmp_path, "1,0")
+    ranks = Ranks(size=2, timeout_seconds=600)
+    try:
+        ranks.run(feed_shared_experts, folders, tmp_path, world_size=2)
+    finally:
+        ranks.close()
         agent.terminate()
         agent.wait()
