@@ -9,7 +9,7 @@ Only the arithmetic is tested: an engine with such weights was not yet run on a 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from megasd.weights.bucket import Bucket
 
 BLOCK = 128
 LARGEST = 448.0  # of float8_e4m3fn
+# Elements that are rounded in one call: for a small matrix alone, launching kernels costs more than
+# what they do. 64 MiB in float32.
+AT_ONCE = 2**24
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
@@ -36,33 +39,49 @@ def unquantized_modules(hf_shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(W8 [rows, columns] float8_e4m3fn, scales [rows / 128, columns / 128] float32, rounded up).
+    """(W8 [..., rows, columns] float8_e4m3fn, scales [..., rows / 128, columns / 128] float32,
+    rounded up). Of each matrix by itself, so that many of one shape may be one call.
 
     Rounds to the nearest float8; the error of an element is at most 1/16 of it, or 2^-10 scales.
     """
-    rows, columns = weight.shape
+    *many, rows, columns = weight.shape
     up, across = math.ceil(rows / BLOCK), math.ceil(columns / BLOCK)
-    padded = torch.zeros(up * BLOCK, across * BLOCK, dtype=torch.float32, device=weight.device)
-    padded[:rows, :columns] = weight
-    blocks = padded.view(up, BLOCK, across, BLOCK)
-    largest = blocks.abs().amax((1, 3))
+    padded = weight.new_zeros(*many, up * BLOCK, across * BLOCK, dtype=torch.float32)
+    padded[..., :rows, :columns] = weight
+    blocks = padded.view(*many, up, BLOCK, across, BLOCK)
+    largest = blocks.abs().amax((-3, -1))
     scales = torch.where(largest > 0, largest / LARGEST, 1.0)
     # A quotient may round to just above the largest float8, which would become NaN.
-    scaled = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST)
-    whole = scaled.view(up * BLOCK, across * BLOCK)[:rows, :columns]
+    scaled = (blocks / scales[..., :, None, :, None]).clamp(-LARGEST, LARGEST)
+    whole = scaled.view(*many, up * BLOCK, across * BLOCK)[..., :rows, :columns]
     return whole.to(torch.float8_e4m3fn), scales
 
 
 def quantized(bucket: Bucket) -> Bucket:
     """The bucket as it travels: `flat` is bytes; wider dtypes stand first, so all are aligned."""
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    for names in _batches(bucket):
+        matrices = torch.stack([bucket.tensors[name] for name in names])
+        made |= zip(names, zip(*map(torch.unbind, quantize(matrices)), strict=True), strict=True)
     tensors: dict[str, Tensor] = {}
     for name, tensor in bucket.tensors.items():
-        if is_quantized(name, tuple(tensor.shape)):
-            tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensor)
+        if name in made:
+            tensors[name], tensors[f"{name}_scale_inv"] = made[name]
         else:
             tensors[name] = tensor
     in_order = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     return _packed(in_order)
+
+
+def _batches(bucket: Bucket) -> Iterator[list[str]]:
+    """Names of what travels as float8: matrices of one shape, in calls of so many elements."""
+    by_shape: dict[torch.Size, list[str]] = {}
+    for name, tensor in bucket.tensors.items():
+        if is_quantized(name, tuple(tensor.shape)):
+            by_shape.setdefault(tensor.shape, []).append(name)
+    for shape, names in by_shape.items():
+        together = max(1, AT_ONCE // shape.numel())
+        yield from (names[i : i + together] for i in range(0, len(names), together))
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> Bucket:

@@ -1,9 +1,13 @@
 """Float8 weights against float64: every element within half a step of its block's float8 grid."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megasd.weights import fp8
 from megasd.weights.bucket import Bucket
 from megasd.weights.fp8 import is_quantized, quantize, quantized
 
@@ -86,3 +90,34 @@ def test_a_bucket_keeps_its_tensors_beside_their_scales_in_one_piece_of_memory()
     small, scales = quantize(bucket.tensors["b.up_proj.weight"])
     assert torch.equal(wire.tensors["b.up_proj.weight"].float(), small.float())
     assert torch.equal(wire.tensors["b.up_proj.weight_scale_inv"], scales)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that a GPU would launch kernels for."""
+
+    launched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launched += func.overloadpacket not in VIEWS
+        return func(*args, **kwargs or {})
+
+
+aten = torch.ops.aten
+VIEWS = (aten.view, aten.slice, aten.unbind, aten.unsqueeze, aten.split, aten.split_with_sizes)
+VIEWS += (aten.detach, aten.new_empty, aten._unsafe_view, aten.alias)
+
+
+def test_many_small_matrices_are_rounded_in_a_few_calls_each_as_if_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experts = {f"experts.{e}.{n}_proj.weight": (96, 130) for e in range(40) for n in ("up", "gate")}
+    memory = torch.randn(81 * 96 * 130, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bucket = Bucket.over(memory, experts | {"down_proj.weight": (130, 96)})
+    with Counted() as batched:
+        wire = quantized(bucket)
+    monkeypatch.setattr(fp8, "AT_ONCE", 1)
+    with Counted() as alone:
+        expected = quantized(bucket)
+    assert batched.launched < 40 < 600 < alone.launched
+    assert list(wire.tensors) == list(expected.tensors)
+    assert torch.equal(wire.flat, expected.flat)
