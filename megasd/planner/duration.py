@@ -1,8 +1,8 @@
 """Seconds of a step by phase: work over what the GPUs are assumed to reach of their peaks.
 
 A model of few parts, for comparing layouts; no figure of it was measured by megasd, docs/plan.md
-holds it against the steps that others published. Nothing overlaps: megasd's trainer waits for its
-collectives. All figures are of a mean step, whose prompts and responses have
+holds it against the steps that others published. Nothing overlaps but the gradients' sum over the
+replicas. All figures are of a mean step, whose prompts and responses have
 `Assumptions.mean_length` of their maximal lengths.
 """
 
@@ -54,7 +54,10 @@ def duration(scenario: Scenario, memory: Memory, *, with_sync: bool = True) -> D
     learning = Pass.over(scenario, forwards=forwards, backwards=1)
     compute = learning.compute_seconds(scenario)
     communication = learning.communication_seconds(scenario)
-    optimizer = config.optimizer.minibatches_per_step * _optimizer_seconds(scenario, memory)
+    steps = config.optimizer.minibatches_per_step
+    # The last micro-batch's backward pass, beside which gradients are scattered.
+    beside = compute * 2 / (forwards + 2) / (steps * scenario.microbatches)
+    optimizer = steps * _optimizer_seconds(scenario, memory, beside)
     bubble = (compute + communication) * bubbles
     update = compute + communication + bubble + optimizer
     score = sum(
@@ -92,15 +95,17 @@ def _score_passes(scenario: Scenario) -> list[Pass]:
     return passes
 
 
-def _optimizer_seconds(scenario: Scenario, memory: Memory) -> float:
-    """Gradients scattered, state read and written, parameters gathered."""
+def _optimizer_seconds(scenario: Scenario, memory: Memory, beside: float) -> float:
+    """Gradients scattered, as far as they are not in `beside` seconds; state read and written,
+    parameters gathered."""
     machine, parallel = scenario.machine, scenario.config.parallel
     apart = machine.count // parallel.pipeline
     ways = apart // parallel.tensor
-    moved = (memory.gradients + memory.weights) * (ways - 1) / max(1, ways)
-    seconds = moved / (machine.bandwidth(apart) * scenario.assumed.collectives)
+    share = (ways - 1) / ways / (machine.bandwidth(apart) * scenario.assumed.collectives)
+    scattered = max(0.0, memory.gradients * share - beside)
     touched = 2 * memory.optimizer + memory.gradients
-    return seconds + touched / (machine.gpu.memory_bandwidth * scenario.assumed.copies)
+    bandwidth = machine.gpu.memory_bandwidth * scenario.assumed.copies
+    return scattered + memory.weights * share + touched / bandwidth
 
 
 def _sync(scenario: Scenario) -> float:

@@ -71,7 +71,7 @@ class Assumptions:
     decode_step_seconds: float = 2.5e-3  # of one token of all sequences: the engine's own Python
     decode_sequence_seconds: float = 10e-6  # the same, for each sequence that runs
     decode_layer_seconds: float = 15e-6  # kernels of one layer; twice as many where it has experts
-    all_reduce_seconds: float = 15e-6  # between the GPUs of an engine, before any byte; two a layer
+    all_reduce_seconds: float = 25e-6  # between the GPUs of an engine, before any byte; two a layer
     hf_layer_seconds: float = 150e-6  # kernels of a layer, of transformers' generate
     # speed of a weight sync
     round_seconds: float = 0.0005  # a gather, a merge, a broadcast

@@ -88,7 +88,7 @@ def test_a_token_of_a_dense_model_is_its_weights_and_caches_and_what_no_gpu_make
     found = Decoder(scenario(), tensor=1).step_seconds(128, 1000)
     assert found == pytest.approx((weights + caches) / (0.6 * 3.35e12) + own, rel=1e-3)
     # Four GPUs read a quarter each, and meet twice in a layer: a row of 4,096 for each sequence.
-    meeting = 32 * 2 * (15e-6 + 128 * 8192 * 1.5 / (0.7 * 450e9))
+    meeting = 32 * 2 * (25e-6 + 128 * 8192 * 1.5 / (0.7 * 450e9))
     engine = changed(scenario(), "rollout.vllm", tensor=4)
     shared = Decoder(engine, tensor=4).step_seconds(128, 1000)
     reading = (weights + caches) / 4 / (0.6 * 3.35e12)
@@ -148,6 +148,23 @@ def test_the_products_of_a_pass_are_those_of_the_model() -> None:
     again = Pass.over(start, forwards=2, backwards=1)
     more = 2 * tokens * (layers + attention) / 4 / 0.9 / share
     assert again.compute_seconds(start) == pytest.approx(compute + more, rel=1e-6)
+
+
+def test_gradients_are_summed_beside_the_last_backward_pass_of_a_step() -> None:
+    """4 bytes a parameter over 35 GB/s between the nodes; hidden as far as that pass lasts."""
+    start = changed(LLAMA.scenario(), "parallel", pipeline=1)
+    held = memory(start)
+    share = 15 / 16 / (0.7 * 50e9)
+    touched = (2 * held.optimizer + held.gradients) / (0.6 * 3.35e12)
+    gathered = held.weights * share + touched
+    backward = Pass.over(start, forwards=2, backwards=1).compute_seconds(start) / 2
+    micro = backward / (4 * start.microbatches)
+    found = duration(start, held, with_sync=False)
+    assert micro < held.gradients * share
+    assert found.optimizer == pytest.approx(4 * (held.gradients * share - micro + gathered))
+    longer = changed(start, "optimizer", max_tokens_per_microbatch=20 * 4096)
+    again = duration(longer, dataclasses.replace(held), with_sync=False)
+    assert again.optimizer == pytest.approx(4 * gathered)
 
 
 def test_an_engine_loads_stacks_of_experts_and_each_expert_into_its_stack() -> None:
