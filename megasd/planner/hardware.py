@@ -17,6 +17,7 @@ class GPU:
     name: str
     memory_bytes: int  # what a program may allocate
     bf16_flops: float  # dense, per second
+    fp8_flops: float
     memory_bandwidth: float  # bytes per second
     nvlink_bandwidth: float  # bytes per second and direction, to the other GPUs of the node
     network_bandwidth: float  # bytes per second and direction, to other nodes
@@ -27,6 +28,7 @@ def _gpu(name: str, *, gib: float, tflops: float, tb: float, nvlink: float, netw
         name=name,
         memory_bytes=int(gib * GIB),
         bf16_flops=tflops * TERA,
+        fp8_flops=2 * tflops * TERA,
         memory_bandwidth=tb * TERA,
         nvlink_bandwidth=nvlink * GB,
         network_bandwidth=network * GB,
@@ -62,6 +64,7 @@ class Assumptions:
     train_flops: float = 0.45  # of the update: matrix products, with what stands between them
     score_flops: float = 0.45  # of the forward passes
     expert_flops: float = 0.6  # of the two above, where the products are those of small experts
+    float8_flops: float = 0.7  # of the first two, of the float8 peak; experts gain nothing
     packing: float = 0.9  # tokens over places in the micro-batches of a pass
     collectives: float = 0.7  # of NVLink and network bandwidth
     copies: float = 0.6  # of memory bandwidth: sorting, merging, the optimizer

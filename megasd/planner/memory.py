@@ -40,10 +40,11 @@ class Memory:
     optimizer: int
     teacher: int
     batch: int  # what was read of the step's rollouts
+    float8: int  # update: copies of the layers' weights, along rows and along columns
     activations: int  # update: what the layers keep of the micro-batches in flight
     head: int  # update: what the last norm and the head save, and their backward passes need
     working: int  # update, once the head's is freed: what a layer's backward pass needs
-    scoring: int  # score: a forward pass, and a moving average in the model's dtype
+    scoring: int  # score: a forward pass, a moving average in the model's dtype, float8 copies
     engine_weights: int
     engine_cache: int
     sync_buckets: int
@@ -66,7 +67,7 @@ class Memory:
     @property
     def learning(self) -> int:
         """The head has gone backward, and freed what it saved, before the first layer does."""
-        return self.activations + max(self.head, self.working)
+        return self.float8 + self.activations + max(self.head, self.working)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -183,19 +184,24 @@ def stage_memory(scenario: Scenario, stage: int) -> Memory:
     stages, recompute = config.parallel.pipeline, config.model.recompute == "full"
     is_last = stage == stages - 1
     head, head_backward = _head(cut, config) if is_last else (0.0, 0.0)
+    fp8, copied = config.model.fp8, _layer_weights(scenario)
     parts: dict[str, float] = {
         "weights": held.weights,
         "gradients": held.gradients,
         "optimizer": held.optimizer,
         "teacher": _teacher(scenario, held, stage),
         "batch": _batch(scenario, is_last),
+        "float8": 2 * copied if fp8 is not None and fp8.train else 0,
         "activations": gather_buffer(cut)
         + kept_on_stage(
             cut, stage=stage, recompute=recompute, in_flight=_in_flight(scenario, stage)
         ),
         "head": head_backward,
         "working": layers_going_backward(cut, recompute=recompute),
-        "scoring": forward_pass(cut) + head + _in_place(scenario, held),
+        "scoring": forward_pass(cut)
+        + head
+        + _in_place(scenario, held)
+        + (copied if fp8 is not None and fp8.score else 0),
         **_engine(scenario, stage),
         "context": assumed.context_gib * GIB,
         "nccl": assumed.nccl_gib * GIB if scenario.machine.count > 1 else 0,
@@ -219,6 +225,18 @@ def _held(scenario: Scenario, model: Model, stage: int) -> Held:
         stage=stage,
         dtype_bytes=scenario.dtype_bytes,
     )
+
+
+def _layer_weights(scenario: Scenario) -> float:
+    """Matrix elements of a stage's layers on one rank, routers aside: what float8 is made of."""
+    model, parallel = scenario.model, scenario.config.parallel
+    layer = model.attention_weights / parallel.tensor
+    if model.experts:
+        experts = model.experts / parallel.expert * model.ffn_weights
+        layer += experts / parallel.ranks_per_expert
+    else:
+        layer += model.ffn_weights / parallel.tensor
+    return layer * model.layers / parallel.pipeline
 
 
 def _in_flight(scenario: Scenario, stage: int) -> int:

@@ -58,15 +58,24 @@ class Pass:
         model, parallel, assumed = self.model, scenario.config.parallel, scenario.assumed
         share = assumed.train_flops if self.backwards else assumed.score_flops
         reached = parallel.tensor * scenario.machine.gpu.bf16_flops * share
-        dense = model.attention_weights + self._attention()
-        dense += 0 if model.experts else model.ffn_weights
-        layer = 2 * self._places(scenario) * dense
+        dense = model.attention_weights + (0 if model.experts else model.ffn_weights)
+        dense /= self._gain(scenario)
+        layer = 2 * self._places(scenario) * (dense + self._attention())
         if model.experts:
             experts = 2 * self._slots(scenario) * model.ffn_weights * parallel.tensor
             layer += experts / assumed.expert_flops
         layers = model.layers / parallel.pipeline * (self.forwards + 2 * self.backwards)
         head = 2 * self.responses * model.head_weights * (1 + 3 * self.backwards)
         return (layers * layer + head) / reached + self._sorting_seconds(scenario)
+
+    def _gain(self, scenario: Scenario) -> float:
+        """How much quicker the layers' dense products are for being in float8, on average."""
+        fp8, gpu, layers = scenario.config.model.fp8, scenario.machine.gpu, self.model.layers
+        if fp8 is None or not (fp8.train if self.backwards else fp8.score):
+            return 1.0
+        gain = gpu.fp8_flops / gpu.bf16_flops * scenario.assumed.float8_flops
+        plain = min(1.0, 2 * fp8.first_last_bf16 / layers)
+        return 1 / (plain + (1 - plain) / gain)
 
     def _attention(self) -> float:
         """The scores and the sum that they weigh, as matrix elements; half of them are masked."""

@@ -92,7 +92,7 @@ def test_json_says_whether_it_fits_and_gives_bytes_by_kind_and_seconds_by_phase(
     assert set(found["peak_bytes"]) == {"sync", "rollout", "score", "update"}
     kinds = found["bytes_per_rank"]
     assert set(kinds) == {
-        *("weights", "gradients", "optimizer", "teacher", "batch", "activations", "head"),
+        *("weights", "gradients", "optimizer", "teacher", "batch", "activations", "head", "float8"),
         *("working", "scoring", "engine_weights", "engine_cache", "sync_buckets"),
         *("engine_asleep", "context", "nccl", "margin"),
     }
@@ -214,6 +214,22 @@ def test_what_is_parked_is_room_for_engines_and_comes_back_before_the_scores() -
     given = kinds["gradients"] + kinds["optimizer"] + kinds["teacher"]
     for phase, peak in plain.items():
         assert peak - parked[phase] == (given if phase in ("sync", "rollout") else 0)
+
+
+def test_float8_has_copies_of_the_layers_weights_while_a_pass_lasts() -> None:
+    """Of 8.19e9 parameters 2 x 151,936 x 4,096 are not the layers'; two of a parameter go back."""
+    layers = (8_190_735_360 - 2 * 151_936 * 4096) / 2  # TP2
+    base, both = held(), held("model.fp8={}")
+    assert base["float8"] == 0
+    assert both["float8"] == pytest.approx(2 * layers, rel=1e-3)
+    assert both["scoring"] - base["scoring"] == pytest.approx(layers, rel=1e-3)
+    scored = held("model.fp8={train: false}")
+    assert (scored["float8"], scored["scoring"]) == (0, both["scoring"])
+    time, quick = seconds(), seconds("model.fp8={train: false}")
+    assert quick["update"] == time["update"]
+    assert 1 / 1.4 < quick["score"] / time["score"] < 0.9
+    ends = seconds("model.fp8={train: false, first_last_bf16: 9}")["score"]  # half of 36 layers
+    assert ends == pytest.approx((quick["score"] + time["score"]) / 2)
 
 
 def test_a_microbatch_is_no_longer_than_what_a_replica_reads() -> None:
