@@ -22,7 +22,7 @@ class Around:
     kept_bytes: int  # of those that are kept, while one more is written
     writing_seconds: float  # of a checkpoint, beside the training
     pausing_seconds: float  # for which training stands still
-    host_bytes: int  # of the fullest node: a checkpoint's copy, and the rollouts of each rank
+    host_bytes: int  # of the fullest node: a checkpoint's copy, rollouts and parked state
     rollout_bytes: int  # a step's rollouts, as each rank hears them
     run_seconds: float  # without evaluations
     warnings: list[str]
@@ -37,6 +37,7 @@ def around(scenario: Scenario, memory: Memory, time: Duration) -> Around:
     pausing = max(copied) / (assumed.host_gb * GB)
     rollouts = scenario.rollouts * scenario.mean_response * OBJECT_BYTES
     ranks = min(machine.count, GPUS_PER_NODE)
+    parked = max(0, memory.parked - memory.gradients)
     interval = _interval(scenario, time)
     saves = config.run.steps * time.total / interval
     return Around(
@@ -44,7 +45,7 @@ def around(scenario: Scenario, memory: Memory, time: Duration) -> Around:
         kept_bytes=size * (config.checkpoint.keep + 1),
         writing_seconds=writing,
         pausing_seconds=pausing,
-        host_bytes=int(sum(copied) + ranks * rollouts),
+        host_bytes=int(sum(copied) + ranks * (rollouts + parked)),
         rollout_bytes=int(rollouts),
         run_seconds=config.run.steps * time.total + saves * (pausing + max(0, writing - interval)),
         warnings=[*_slow_writing(writing, interval), *deadlines(scenario, time)],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megasd.planner.buffers import sizes_of
 from megasd.planner.decoding import rollout_seconds
+from megasd.planner.hardware import GB
 from megasd.planner.memory import Memory, Scenario
 from megasd.planner.passes import Pass
 from megasd.planner.sync import Links, reload_seconds, sync_seconds
@@ -45,8 +46,11 @@ class Duration:
         return sum(self.phases.values())
 
 
-def duration(scenario: Scenario, memory: Memory, *, with_sync: bool = True) -> Duration:
-    """`with_sync` False leaves the sync at 0: its plan takes milliseconds to walk."""
+def duration(
+    scenario: Scenario, memory: Memory, *, with_sync: bool = True, rollout: float | None = None
+) -> Duration:
+    """`with_sync` False leaves the sync at 0: its plan takes milliseconds to walk. `rollout`: the
+    seconds in which the engines sample, where they are known."""
     config, machine = scenario.config, scenario.machine
     samples = not config.algorithm.needs.solutions
     bubbles = (config.parallel.pipeline - 1) / scenario.microbatches
@@ -64,10 +68,12 @@ def duration(scenario: Scenario, memory: Memory, *, with_sync: bool = True) -> D
         (1 + bubbles) * (one.compute_seconds(scenario) + one.communication_seconds(scenario))
         for one in _score_passes(scenario)
     )
+    if rollout is None:
+        rollout = rollout_seconds(scenario, memory)
     ranks = machine.count / scenario.replicas
     return Duration(
         sync=_sync(scenario) if samples and with_sync else 0.0,
-        rollout=rollout_seconds(scenario, memory) if samples else 0.0,
+        rollout=rollout + _lending(scenario, memory) if samples else 0.0,
         score=score,
         update=update,
         communication=communication,
@@ -93,6 +99,12 @@ def _score_passes(scenario: Scenario) -> list[Pass]:
         model = None if role == "reference" else scenario.teacher_model
         passes.append(Pass.over(scenario, extra_tokens=context, model=model))
     return passes
+
+
+def _lending(scenario: Scenario, memory: Memory) -> float:
+    """What the trainer parks in host memory, there and back; gradients are freed."""
+    kept = max(0, memory.parked - memory.gradients)
+    return 2 * kept / (scenario.assumed.host_gb * GB)
 
 
 def _optimizer_seconds(scenario: Scenario, memory: Memory, beside: float) -> float:

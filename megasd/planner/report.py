@@ -126,8 +126,9 @@ def _around(scenario: Scenario, found: Around) -> list[str]:
         f"a checkpoint is {found.checkpoint_bytes / GB:,.0f} GB, at most "
         f"{found.kept_bytes / GB:,.0f} GB on the disk; training stands still for "
         f"{shown(found.pausing_seconds)}, files are written for {shown(found.writing_seconds)}",
-        f"a node needs {found.host_bytes / GB:,.0f} GB of its own memory for it and for the "
-        f"rollouts, of which each of {ranks} ranks hears all: {found.rollout_bytes / GB:.2f} GB",
+        f"a node needs {found.host_bytes / GB:,.0f} GB of its own memory for it, for what the "
+        f"trainer parks and for the rollouts, of which each of {ranks} ranks hears all: "
+        f"{found.rollout_bytes / GB:.2f} GB",
         *found.warnings,
     ]
 

@@ -5,6 +5,7 @@ of a colocated vLLM engine and its share of their memory, or engines on nodes of
 is suggested that the checks of the policy and of the engines refuse.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from megasd.configuration.validate import (
     longest_rollout,
     longest_view,
 )
+from megasd.planner.decoding import rollout_seconds
 from megasd.planner.duration import Duration, duration
 from megasd.planner.hardware import GPUS_PER_NODE
 from megasd.planner.memory import Memory, Scenario, memory
@@ -44,16 +46,19 @@ class Layout:
 
 def faults(scenario: Scenario) -> list[str]:
     """Why this scenario cannot run at all, whatever it holds; sentences as in validate.py."""
-    config, count, hf_config = scenario.config, scenario.machine.count, scenario.model.hf_config
-    if numbers := check_numbers(config):
+    if numbers := check_numbers(scenario.config):
         return numbers
+    return _trainer_faults(scenario) + _engine_faults(scenario)
+
+
+def _trainer_faults(scenario: Scenario) -> list[str]:
+    config, count, hf_config = scenario.config, scenario.machine.count, scenario.model.hf_config
     found = [
         *check_batch(config, count),
         *check_layout(config.parallel, world_size=count, device="cuda"),
         *check_cut(config.parallel, hf_config),
         *check_experts(config.parallel, hf_config),
         *check_lengths(config, hf_config),
-        *_engine_faults(scenario),
     ]
     if scenario.teacher_model is not None:
         found += [
@@ -79,36 +84,36 @@ def _engine_faults(scenario: Scenario) -> list[str]:
 
 def best_layouts(scenario: Scenario, *, most: int = 5) -> list[Layout]:
     """The `most` that fit and take the fewest seconds times GPUs, one for each way to cut the
-    policy: with engines beside it, else beside what is left of it when its memory is lent to them,
-    else those in FP8; and with engines on nodes of their own."""
+    policy: with engines beside it, else those in FP8; and with engines on nodes of their own."""
     config, vllm = scenario.config, scenario.config.rollout.vllm
-    found = _search(scenario, config)
+    if check_numbers(config):
+        return []
+    known: Known = {}
+    found = _search(scenario, config, known)
     servers: list[Layout] = []
     if scenario.has_vllm_here:
-        lent = replace(vllm, park_trainer=True)
-        if not found and not vllm.park_trainer:
-            found = _search(scenario, _with_vllm(config, lent))
         in_fp8 = not found and vllm.quantization == "none"
         if in_fp8:
-            found = _search(scenario, _with_vllm(config, replace(lent, quantization="fp8")))
-        servers = sorted(_with_servers(scenario, most), key=_rank(scenario))
+            quantized = _with_vllm(config, replace(vllm, quantization="fp8"))
+            found = _search(scenario, quantized, known)
+        servers = sorted(_with_servers(scenario, known, most), key=_rank(scenario))
         if in_fp8:  # which samples from other weights: what does not is shown, whatever it costs
             most -= min(1, len(servers))
             return sorted(found, key=_rank(scenario))[:most] + servers[:1]
     return sorted(found + servers, key=_rank(scenario))[:most]
 
 
-def _with_servers(scenario: Scenario, most: int) -> list[Layout]:
+def _with_servers(scenario: Scenario, known: "Known", most: int) -> list[Layout]:
     """The trainer has all GPUs, to which come whole nodes of engines: the quickest trainers, each
     with the engines that suit it. Its memory does not depend on them."""
     starts = list(_servers(scenario))
     if not starts:
         return []
-    found = []
-    for layout in sorted(_search(scenario, starts[-1]), key=_rank(scenario))[:most]:
+    found, rank = [], _rank(scenario)
+    for layout in sorted(_search(scenario, starts[-1], known), key=rank)[:most]:
         configs = [replace(layout.config, rollout=start.rollout) for start in starts]
-        tried = [_layout(scenario, config) for config in configs]
-        found.append(min(filter(None, tried), key=_rank(scenario)))
+        tried = [_layout(scenario, config, known) for config in configs]
+        found.append(min(filter(None, tried), key=rank))
     return found
 
 
@@ -130,33 +135,41 @@ def _servers(scenario: Scenario) -> Iterator[Config]:
                 yield server
 
 
-def _search(scenario: Scenario, start: Config) -> list[Layout]:
+def _search(scenario: Scenario, start: Config, known: "Known") -> list[Layout]:
     """`start` is where the search begins, the scenario's configuration what overrides change."""
     best: dict[Any, Layout] = {}
     rank = _rank(scenario)
     for config in _trainers(replace(scenario, config=start)):
-        candidate = replace(scenario, config=config)
-        if faults(candidate):
-            continue
-        for engines in _engines(candidate):
-            layout = _layout(scenario, engines)
+        for engines in _engines(replace(scenario, config=config)):
+            layout = _layout(scenario, engines, known)
             key = engines.parallel
             if layout is not None and (key not in best or rank(layout) < rank(best[key])):
                 best[key] = layout
     return list(best.values())
 
 
-def _layout(scenario: Scenario, config: Config) -> Layout | None:
+Known = dict[tuple[Any, ...], float]
+"""Seconds in which engines of vLLM sample: they do not depend on the trainer beside them."""
+
+
+def _layout(scenario: Scenario, config: Config, known: Known) -> Layout | None:
     """None where it does not fit."""
     tried = replace(scenario, config=config)
     held = memory(tried)
     if not held.fits:
         return None
+    rollout = None
+    if config.rollout.engine == "vllm":
+        vllm = config.rollout.vllm
+        engine = (vllm.tensor, vllm.placement, vllm.engines, vllm.quantization, held.cache_room)
+        if engine not in known:
+            known[engine] = rollout_seconds(tried, held)
+        rollout = known[engine]
     return Layout(
         overrides=_overrides(scenario.config, config),
         config=config,
         memory=held,
-        duration=duration(tried, held, with_sync=False),
+        duration=duration(tried, held, with_sync=False, rollout=rollout),
         gpus=tried.gpus,
     )
 
@@ -189,35 +202,39 @@ def _trainers(scenario: Scenario) -> Iterator[Config]:
         for expert in (EXPERT if model.experts else (1,))
         if count % (tensor * pipeline) == 0 and count // pipeline % expert == 0
     ]
-    for parallel in layouts:
+    for parallel, budget in itertools.product(layouts, budgets):
+        learning = replace(config.optimizer, max_tokens_per_microbatch=budget)
+        candidate = replace(config, parallel=parallel, optimizer=learning)
+        if _trainer_faults(replace(scenario, config=candidate)):
+            continue
         for recompute in ("none", "full"):
-            for budget in budgets:
-                yield replace(
-                    config,
-                    parallel=parallel,
-                    model=replace(config.model, recompute=recompute),
-                    optimizer=replace(config.optimizer, max_tokens_per_microbatch=budget),
-                )
+            yield replace(candidate, model=replace(config.model, recompute=recompute))
 
 
 def _engines(scenario: Scenario) -> Iterator[Config]:
-    """Every size of a colocated engine, with the largest share of memory that fits beside it."""
-    config = scenario.config
+    """Every size of a colocated engine, with the largest share of memory that fits beside it, or
+    beside what is left of the trainer when its memory is lent."""
+    config, vllm = scenario.config, scenario.config.rollout.vllm
     if not scenario.has_vllm_here:
-        yield config
+        if not _engine_faults(scenario):
+            yield config
         return
+    empty = replace(vllm, gpu_memory_utilization=0.0, kv_cache_gib=0.0, park_trainer=True)
+    held = memory(replace(scenario, config=_with_vllm(config, empty)))
+    if max(held.phases["score"], held.phases["update"]) > held.capacity:
+        return  # whatever the engine
+    room = held.capacity - held.standing - held.margin
     for tensor in ENGINE_TENSOR:
         shares_experts = bool(scenario.model.experts) and tensor > 1
-        vllm = replace(config.rollout.vllm, tensor=tensor, expert_parallel=shares_experts)
-        sized = _with_vllm(config, vllm)
-        if faults(replace(scenario, config=sized)):
+        sized = replace(vllm, tensor=tensor, expert_parallel=shares_experts)
+        if _engine_faults(replace(scenario, config=_with_vllm(config, sized))):
             continue
-        empty = _with_vllm(config, replace(vllm, gpu_memory_utilization=0.0, kv_cache_gib=0.0))
-        held = memory(replace(scenario, config=empty))
-        room = held.capacity - held.standing - held.margin + held.parked
-        share = next((share for share in SHARES if share * held.capacity <= room), None)
-        if share is not None:
-            yield _with_vllm(config, replace(vllm, gpu_memory_utilization=share))
+        for is_lent in sorted({vllm.park_trainer, True}):
+            free = room + (held.parked if is_lent else 0)
+            share = next((share for share in SHARES if share * held.capacity <= free), None)
+            if share is not None:
+                lent = replace(sized, park_trainer=is_lent, gpu_memory_utilization=share)
+                yield _with_vllm(config, lent)
 
 
 def _with_vllm(config: Config, vllm: Any) -> Config:
