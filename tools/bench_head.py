@@ -12,7 +12,9 @@ medians are printed. Memory is the peak during the step over what was in use rig
 read the CPU seconds: the time ratio is of wall-clock seconds.
 
 On a GPU `products` is the floor of what keeps no logits: the four products of all tokens with all
-ids (the logits, again, and both gradients) in one piece each, in bfloat16, and nothing else.
+ids (the logits, again, and both gradients) in one piece each, in bfloat16, and nothing else. Beside
+them stand `scoring`, the forward pass alone, and `divergence`, the jsd over all ids and its
+gradients against a teacher of the same size; each as a multiple of its own number of products.
 """
 
 import argparse
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIANTS = ("naive", "fused", "fused+entropy")
+# On a GPU only: the products of all tokens with all ids that each cannot do without.
+PRODUCTS = {"fused": 4, "fused+entropy": 4, "scoring": 1, "divergence": 8}
 FLOOR = "products"
 MIB = 2**20
 
@@ -42,7 +46,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.add_argument("--measure", choices=(*VARIANTS, FLOOR), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=(*VARIANTS, *PRODUCTS, FLOOR), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args)))
@@ -52,7 +56,8 @@ def main() -> None:
         for variant in VARIANTS:
             runs[variant].append(run_fresh(variant))
         if runs["naive"][0]["device"] != "cpu":
-            runs.setdefault(FLOOR, []).append(run_fresh(FLOOR))
+            for variant in (*(PRODUCTS.keys() - VARIANTS), FLOOR):
+                runs.setdefault(variant, []).append(run_fresh(variant))
     report(args, runs)
 
 
@@ -128,8 +133,12 @@ def step(
     import torch
 
     from megasd.policy.config import ModelConfig
+    from megasd.policy.head.divergence import full_divergence
     from megasd.policy.head.head import vocabulary_head
 
+    model = ModelConfig(head_chunk_tokens=args.chunk_tokens)
+    chunk_tokens = model.head_chunk_tokens_on(hidden.device.type)
+    cut: dict[str, Any] = {"vocab_size": weight.shape[0], "chunk_tokens": chunk_tokens}
     if args.measure == FLOOR:
         with torch.no_grad():
             _ = hidden @ weight.T
@@ -141,11 +150,15 @@ def step(
         logprobs = logprobs.gather(1, targets[:, None]).squeeze(1)
         logprobs.backward(upstream)
         return logprobs.detach()
-    model = ModelConfig(head_chunk_tokens=args.chunk_tokens)
-    chunk_tokens = model.head_chunk_tokens_on(hidden.device.type)
-    logprobs, entropy, *_ = vocabulary_head(
-        hidden, weight, targets, vocab_size=weight.shape[0], chunk_tokens=chunk_tokens
-    )
+    if args.measure == "divergence":
+        teacher = hidden.detach().flip(0), weight.detach()
+        divergence = full_divergence(hidden, weight, *teacher, kind="jsd", **cut)
+        divergence.backward(upstream)
+        return divergence.detach()
+    with torch.set_grad_enabled(args.measure != "scoring"):
+        logprobs, entropy, *_ = vocabulary_head(hidden, weight, targets, **cut)
+    if args.measure == "scoring":
+        return logprobs
     if args.measure == "fused":
         logprobs.backward(upstream)
     else:
@@ -210,8 +223,11 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> N
         if variant == "fused":
             ratios = {"memory_ratio": memory, "time_ratio": times}
     if FLOOR in runs:
-        ratios["floor_ratio"] = median("fused", "seconds") / median(FLOOR, "seconds")
-        print(f"fused takes {ratios['floor_ratio']:.2f} times the four products alone")
+        product = median(FLOOR, "seconds") / 4
+        floors = {name: median(name, "seconds") / n / product for name, n in PRODUCTS.items()}
+        ratios |= {f"{name}_floor_ratio": ratio for name, ratio in floors.items()}
+        times = ", ".join(f"{name} {ratio:.2f}" for name, ratio in floors.items())
+        print(f"times of their products alone: {times}")
     pairs = zip(about["results"], runs["fused"][0]["results"], strict=True)
     difference = max(abs(ours / naive - 1) for naive, ours in pairs)
     print(f"largest relative difference of mean log-prob and gradient norms: {difference:.1e}")
