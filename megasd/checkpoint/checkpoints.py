@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 
 from megasd.checkpoint.config import CheckpointConfig
 from megasd.checkpoint.manifest import look_at_files, share_of, wrong_checksums
@@ -28,7 +28,7 @@ from megasd.checkpoint.model_state import (
     restore_state,
     sharded_state,
 )
-from megasd.checkpoint.writer import Writing, in_words, stage
+from megasd.checkpoint.writer import Shared, Writing, in_words, stage
 from megasd.data.prompts import Prompts
 from megasd.policy.policy import Policy
 from megasd.process import together
@@ -82,6 +82,8 @@ class Checkpoints:
         self._begun = clock()  # the last save
         # Of the threads that write: they talk whenever they are done, not in the order of a step.
         self._group = together.patient_group()
+        replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._shared = Shared(dist.get_process_group_ranks(replicas))
         self._writing: tuple[int, Writing] | None = None
         self._is_validated = False  # the plan of a save: its shards do not change in a run
         self._failed_saves = 0  # in a row
@@ -244,7 +246,7 @@ class Checkpoints:
             "next_step": next_step,
         }
         is_cuda, validate = self.policy.backend.is_cuda, not self._is_validated
-        staged = stage(state, partial, is_cuda=is_cuda, validate=validate)
+        staged = stage(state, partial, shared=self._shared, is_cuda=is_cuda, validate=validate)
         self._is_validated = True
         publish = functools.partial(self._publish, partial, next_step)
         self._writing = (next_step, Writing(staged, partial, self._group, publish))

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
+from megasd.policy.float8 import keep_scales
 from megasd.policy.megatron.fixes import unshare_step
 from megasd.policy.megatron.optimizer_shards import cut, pieces_of
 from megasd.policy.policy import Policy
@@ -31,6 +32,7 @@ def sharded_state(policy: Policy, *, loading: bool, random_states: bool = True) 
 
     `random_states`: those of every rank, which only as many ranks can load.
     """
+    keep_scales(policy.state.gpt, policy.state.fp8)
     model = policy.state.gpt.sharded_state_dict()
     state: dict[str, Any] = {
         "model": model,

@@ -13,7 +13,7 @@ import queue
 import shutil
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.exchange_utils import (
+    ShardDistribution,
+    determine_main_replica_uniform_distribution,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megasd.checkpoint.manifest import MANIFEST_FILE, Files, describe, write_manifest
@@ -59,13 +66,40 @@ class Staged:
     common: bytes  # what is not sharded, on the first rank
 
 
-def stage(state: dict[str, Any], folder: Path, *, is_cuda: bool, validate: bool) -> Staged:
+class Shared:
+    """Who writes what several ranks hold alike: each of them a part, the same in every save."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        """`ranks`: those that hold what this one holds. Called by all ranks."""
+        self._group: dist.ProcessGroup | None = None
+        self._distribution: ShardDistribution | None = None
+        for members in sorted(set(together.from_every_rank(tuple(ranks)))):
+            group = together.patient_group(members) if len(members) > 1 else None
+            if dist.get_rank() in members:
+                self._group = group
+
+    def spread(self, shards: dict[str, Any]) -> None:
+        """Marks as written here what this rank is to write, and the rest as written elsewhere."""
+        if self._group is None:
+            return
+        if self._distribution is None:  # the ranks tell each other what they hold
+            self._distribution = determine_main_replica_uniform_distribution(shards, self._group)
+        distribute_main_replicas_with_precomputed_distribution(
+            shards, self._group, self._distribution
+        )
+
+
+def stage(
+    state: dict[str, Any], folder: Path, *, shared: Shared, is_cuda: bool, validate: bool
+) -> Staged:
     """Plan and copy; called by all ranks, and `folder` exists.
 
-    `validate`: that each shard is saved once. Every rank hears of all shards for it.
+    Weights are `shared`; of the optimizer each rank holds a part of its own. `validate`: that each
+    shard is saved once. Every rank hears of all shards for it.
     """
     sharded: Any
     sharded, common = save_preprocess(state, validate_access_integrity=validate)
+    shared.spread({name: sharded[name] for name in ("model", "teacher") if name in sharded})
     plan = _Plan(*_FORMAT)
     plan.async_save(sharded, folder)
     copy = functools.partial(torch.Tensor.to, device="cpu", non_blocking=is_cuda, copy=True)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megasd.losses.per_rollout import blocks
 from megasd.types import PerToken, RolloutIndex, TokenIndex, TokenMask
 
 
@@ -15,16 +16,17 @@ def future_credit(
     The cost that a token answers for in DistIL (arXiv:2606.05152, eq. 5), read 0-based. A rollout's
     tokens stand in order; rollouts may stand in any order. Sums are float64.
     """
-    order, _, end = _in_rollouts(rollout_ids)
-    counted = counted[order]
-    sums = torch.where(counted, values[order].double(), 0.0).cumsum(dim=0)
-    counts = counted.long().cumsum(dim=0)
-    later_counts = counts[end] - counts
-    means = (sums[end] - sums) / later_counts.clamp(min=1)
-    credit = torch.empty_like(means)
-    credit[order] = torch.where(later_counts > 0, means, 0.0)
-    has_future = torch.empty_like(counted)
-    has_future[order] = later_counts > 0
+    credit, has_future = torch.empty_like(values), torch.empty_like(counted)
+    for block in blocks(rollout_ids):
+        order, _, end = _in_rollouts(rollout_ids[block])
+        is_counted = counted[block][order]
+        sums = torch.where(is_counted, values[block][order].double(), 0.0).cumsum(dim=0)
+        counts = is_counted.long().cumsum(dim=0)
+        later_counts = counts[end] - counts
+        means = (sums[end] - sums) / later_counts.clamp(min=1)
+        order = order + block.start
+        credit[order] = torch.where(later_counts > 0, means, 0.0).to(credit.dtype)
+        has_future[order] = later_counts > 0
     return credit.float(), has_future
 
 

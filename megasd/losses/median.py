@@ -3,11 +3,15 @@
 import torch
 from torch import Tensor
 
+from megasd.losses.quantile import quantile
+
 
 def median(values: Tensor, counts: Tensor | None = None) -> float:
     """Of `values`, or of `counts` of each; of an even number the mean of the middle two."""
+    if counts is None:
+        return quantile(values, 0.5)
     ascending, order = values.double().sort()
-    ends = (torch.ones_like(order) if counts is None else counts[order]).cumsum(0)
+    ends = counts[order].cumsum(0)
     middle = torch.stack([ends[-1] - 1, ends[-1]]) // 2
     return ascending[torch.searchsorted(ends, middle, right=True)].mean().item()
 

@@ -4,9 +4,11 @@ Tokens left out leave their path's denominators too. `credit/selected` is the sh
 Shares of a count are rounded before they are cut: 0.07 x 100 is 7.000000000000001 in floats.
 """
 
+import math
+
 import torch
 
-from megasd.types import Credit, ResponseBatch, TokenMask
+from megasd.types import Credit, PerToken, ResponseBatch, TokenMask
 
 
 def only_tail(credit: Credit, batch: ResponseBatch, *, start: float) -> Credit:
@@ -24,16 +26,23 @@ def only_highest_entropy(credit: Credit, batch: ResponseBatch, *, share: float) 
     n counts the tokens that `credit` counts; of equal entropies those that come first stay.
     """
     assert batch.entropy is not None  # promised by the loop where `needs.entropy`
-    order = batch.entropy.sort(descending=True, stable=True).indices
-    order = order[credit.path[order] >= 0]
-    minibatches = batch.minibatch_ids[batch.rollout_ids[order]]
-    minibatches, together = minibatches.sort(stable=True)
-    counts = torch.bincount(minibatches)
-    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[minibatches]
-    sizes = (share * counts.double()).round(decimals=6).ceil().clamp(min=1)
     stays = torch.zeros_like(batch.response_mask)
-    stays[order[together][rank < sizes[minibatches]]] = True
+    for minibatch in range(int(batch.minibatch_ids.max()) + 1):
+        inside = (batch.minibatch_ids == minibatch)[batch.rollout_ids] & (credit.path >= 0)
+        entropy = batch.entropy[inside]
+        if len(entropy):
+            size = max(1, math.ceil(round(share * len(entropy), 6)))
+            stays[inside] = _highest(entropy, size)
     return _only(credit, stays)
+
+
+def _highest(values: PerToken, size: int) -> TokenMask:
+    """Which are the `size` highest; of equal ones those that come first."""
+    lowest = values.topk(size, sorted=False).values.min()
+    chosen = values > lowest
+    ties = (values == lowest).nonzero()[:, 0]
+    chosen[ties[: size - int(chosen.sum())]] = True
+    return chosen
 
 
 def with_entropy_bonus(

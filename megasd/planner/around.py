@@ -61,15 +61,16 @@ def checkpoint_bytes(scenario: Scenario) -> int:
 
 
 def _copied_bytes(scenario: Scenario, held: Memory) -> list[int]:
-    """Of each rank of the first node: its share of the optimizer's state, and the weights where it
-    is the first of those that hold the same."""
+    """Of each rank of the first node: its share of the optimizer's state, and of the weights that
+    it holds like others."""
     parallel = scenario.config.parallel
     writers = max(parallel.tensor, parallel.expert * parallel.ranks_per_expert)
     stays = scenario.config.teacher.weights in ("snapshot", "frozen")
-    once = held.weights * (2 if stays else 1)
+    replicas = max(1, scenario.machine.count // parallel.pipeline // writers)
+    once = held.weights * (2 if stays else 1) // replicas
     average = held.optimizer // 3 if scenario.config.teacher.weights == "ema" else 0
     ranks = min(scenario.machine.count, GPUS_PER_NODE)
-    return [held.optimizer + average + (once if rank < writers else 0) for rank in range(ranks)]
+    return [held.optimizer + average + once] * ranks
 
 
 def _interval(scenario: Scenario, time: Duration) -> float:

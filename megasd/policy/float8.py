@@ -72,8 +72,21 @@ def switched_on(gpt: nn.Module, fp8: FP8Config | None) -> Iterator[None]:
 
 def forget_copies(gpt: nn.Module) -> None:
     """Drop the float8 copies of the weights."""
+    for layer in _transformer_engine_layers(gpt):
+        layer._fp8_workspaces.clear()
+
+
+def keep_scales(gpt: nn.Module, fp8: FP8Config | None) -> None:
+    """Have the scales of delayed scaling saved with the layers.
+
+    Transformer Engine saves them of layers whose last pass was in float8; here others come between.
+    """
+    if fp8 is None or fp8.recipe != "delayed":
+        return
+    for layer in _transformer_engine_layers(gpt):
+        layer.fp8_meta["fp8_checkpoint"] = layer.fp8_meta_tensors_initialized
+
+
+def _transformer_engine_layers(gpt: nn.Module) -> Iterator[Any]:
     base: Any = import_module("transformer_engine.pytorch.module.base")
-    layers: Any = gpt.modules()
-    for layer in layers:
-        if isinstance(layer, base.TransformerEngineBaseModule):
-            layer._fp8_workspaces.clear()
+    return (layer for layer in gpt.modules() if isinstance(layer, base.TransformerEngineBaseModule))

@@ -98,7 +98,8 @@ class UpdateResult:
     """What became of one mini-batch; but for `stepped`, everything is as it was before.
 
     `logprobs` and `entropy` [N] at its start, where `read`, are kept where nothing else has read
-    them before the update, and of a skipped step for its bundle.
+    them before the update; of other steps that are skipped by the first rank, which leaves the
+    bundle, and in the host's memory: a step may have many.
     """
 
     outcome: UpdateOutcome
@@ -211,10 +212,15 @@ def update(
     with state.precision(backward=True):
         forward.run(state.ddp, microbatches, finish, backward=True, device=state.device)
     result = _finish(state, sums, int(read.sum()), lr)
-    if not (result.skipped or batch.old_logprobs is None):
+    is_first_reading = batch.old_logprobs is None
+    if not (result.skipped or is_first_reading):
         return result  # nobody asks what the tokens' values were
     logprobs, entropy = _on_every_rank(seen, len(read), state.device)
-    return replace(result, logprobs=logprobs, entropy=entropy, read=read.to(state.device))
+    if is_first_reading:
+        return replace(result, logprobs=logprobs, entropy=entropy, read=read.to(state.device))
+    if dist.get_rank() == 0:
+        return replace(result, logprobs=logprobs.cpu(), entropy=entropy.cpu(), read=read)
+    return result
 
 
 def _token_loss(

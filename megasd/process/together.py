@@ -25,6 +25,20 @@ def from_every_rank(value: Any, group: dist.ProcessGroup | None = None) -> list[
     return values
 
 
+def from_speakers(value: Any, speakers: Sequence[int]) -> list[Any]:
+    """What these ranks say, in their order, to all. Called by all ranks, who know who speaks.
+
+    For much of it: `from_every_rank` makes room on each rank for as many of the longest as there
+    are ranks.
+    """
+    said: list[Any] = []
+    for rank in speakers:
+        values = [value if dist.get_rank() == rank else None]
+        dist.broadcast_object_list(values, src=rank, group=_all_ranks())
+        said += values
+    return said
+
+
 def to_first_rank(value: Any, group: dist.ProcessGroup) -> list[Any] | None:
     """What each rank says, by rank, on rank 0. Called by all ranks."""
     values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None

@@ -40,13 +40,12 @@ class Spread:
                 is_stopped = True
             except Exception:
                 failure = traceback.format_exc()
-        everywhere = together.from_every_rank((self.worker, list(results), failure, is_stopped))
-        for rank, (_, _, one_failure, _) in enumerate(everywhere):
+        everywhere = together.from_every_rank((self.worker, failure, is_stopped))
+        for rank, (_, one_failure, _) in enumerate(everywhere):
             if one_failure is not None:
                 raise RuntimeError(f"rank {rank} failed:\n{one_failure}")
-        if any(one_stopped for _, _, _, one_stopped in everywhere):
+        if any(one_stopped for _, _, one_stopped in everywhere):
             raise StopError
-        in_order = sorted(
-            ((w, part) for w, part, *_ in everywhere if w is not None), key=lambda pair: pair[0]
-        )
-        return list(itertools.chain.from_iterable(part for _, part in in_order))
+        working = {w: rank for rank, (w, _, _) in enumerate(everywhere) if w is not None}
+        parts = together.from_speakers(list(results), [working[w] for w in sorted(working)])
+        return list(itertools.chain.from_iterable(parts))

@@ -169,6 +169,32 @@ def outlast_the_deadline() -> list[int]:
     return judge.map(samples, lambda share: time.sleep(0.5) or list(share))
 
 
+def hear_of_large_results() -> tuple[list[int], int]:
+    """Two of the ranks have a megabyte each to say; the bytes that this rank makes room for."""
+    made, gathered, told = 0, dist.all_gather, dist.broadcast
+
+    def count(*tensors: torch.Tensor) -> None:
+        nonlocal made
+        made += sum(tensor.nbytes for tensor in tensors)
+
+    def all_gather(tensors: list[torch.Tensor], *rest: Any, **options: Any) -> Any:
+        count(*tensors)
+        return gathered(tensors, *rest, **options)
+
+    def broadcast(tensor: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        count(tensor)
+        return told(tensor, *rest, **options)
+
+    module: Any = dist.distributed_c10d
+    module.all_gather, module.broadcast = all_gather, broadcast
+    try:
+        spread = Spread({1: 1, 3: 0}.get(dist.get_rank()), 2)
+        heard = spread.map([7, 8], lambda share: [bytes([item]) * 2**20 for item in share])
+    finally:
+        module.all_gather, module.broadcast = gathered, told
+    return [one[0] for one in heard], made
+
+
 def sample_through_a_death() -> dict[str, float]:
     """Shares of 4 and 5; the second dies after two, then the shares are 1 and 2."""
     fleet = fleet_of({1: [("generate", 1)]})

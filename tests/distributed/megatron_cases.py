@@ -83,24 +83,25 @@ def who_adds_weight_gradients_in_place(folder: Path) -> dict[str, bool]:
 
 
 def steps_and_traffic(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Three steps, the second over a single rollout, and what travels in each.
+    """Four steps, the second over a single rollout, and what travels in each.
 
-    The last step's old log-probs are known.
+    The last two steps' old log-probs are known; the last one is skipped.
     """
     policy = make_policy(folder, settings)
     fewest = fewest_tokens(policy.state.gpt)
     steps = []
     with pytest.MonkeyPatch.context() as patch:
         events = note_traffic(patch, policy.state.ddp)
-        for step, share in enumerate((slice(6), slice(1, 2), slice(6))):
+        for step, share in enumerate((slice(6), slice(1, 2), slice(6), slice(6))):
             views = random_views(step, count=6, vocab=100)[share]
             offsets = offsets_of(views)
             batch, credit = batch_and_credit(views, seed=step)
-            if step == 2:
+            if step >= 2:
                 batch = dataclasses.replace(batch, old_logprobs=torch.zeros(int(offsets[-1])))
             events.clear()
-            done = policy.update(views, offsets, batch, credit, PlainLoss(), minibatch=0)
-            assert done.outcome == "stepped"
+            loss = PlainLoss(root=step == 3)
+            done = policy.update(views, offsets, batch, credit, loss, minibatch=0)
+            assert done.outcome == ("skipped" if step == 3 else "stepped")
             values = events.count(int(offsets[-1]))
             traffic = [event for event in events if isinstance(event, str)]
             steps.append((traffic, values, done.logprobs is not None))

@@ -104,7 +104,13 @@ def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
     `ddp` among them: what Megatron's DDP is told otherwise.
     """
     from megasd.policy import backend
-    from megasd.policy.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
+    from megasd.policy.config import (
+        FP8Config,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        TeacherConfig,
+    )
 
     started = backend.start(settings.get("device", "cpu"))
     from megasd.policy.megatron import build
@@ -123,6 +129,7 @@ def make_policy(folder: Path, settings: Mapping[str, Any]) -> Any:
                 dtype=settings.get("dtype", "float32"),
                 recompute=settings.get("recompute", "none"),
                 head_chunk_tokens=settings.get("chunk", 7),
+                fp8=FP8Config(**settings["fp8"]) if "fp8" in settings else None,
             ),
             parallel=ParallelConfig(
                 tensor=settings.get("tensor", 1),

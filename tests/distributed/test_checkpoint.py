@@ -55,6 +55,10 @@ def test_a_resumed_run_repeats_every_bit(
     for rank, (one, (other, notes)) in enumerate(zip(whole, resumed, strict=True)):
         assert notes == []
         np.testing.assert_equal(other, one, err_msg=f"{layout}, rank {rank}")
+    if layout == "DP2":  # the weights too, which both hold
+        files = [(tmp_path / "checkpoints/step_000003").glob(f"__{rank}_*") for rank in (0, 1)]
+        one, other = (sum(file.stat().st_size for file in part) for part in files)
+        assert 0.9 < one / other < 1.1, "each rank writes as much"
 
 
 def test_a_trainer_whose_memory_is_lent_between_steps_learns_the_same_to_the_bit(

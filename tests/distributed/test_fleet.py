@@ -36,6 +36,12 @@ def test_no_deadline_of_collectives_ends_a_wait_for_an_engine_or_a_reward(ranks:
     assert ranks.run(cases.outlast_the_deadline, world_size=4) == [[0, 1, 2, 3]] * 4
 
 
+def test_ranks_make_room_for_what_is_said_not_for_as_much_from_everyone(ranks: Ranks) -> None:
+    for heard, made in ranks.run(cases.hear_of_large_results, world_size=4):
+        assert heard == [7, 8]
+        assert 2 * 2**20 < made < 2.1 * 2**20
+
+
 def test_figures_of_a_step_are_of_all_its_attempts(ranks: Ranks) -> None:
     for metrics in ranks.run(cases.sample_through_a_death, world_size=4):
         assert metrics["share_max"] == 4.0

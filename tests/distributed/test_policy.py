@@ -305,9 +305,12 @@ def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_
         # The first time Megatron counts what becomes ready.
         waits = rank == 0 or "pipeline" not in layout
         assert first == ([*over, *reduces] if waits else [*reduces, *over]) + gathers
-        assert later == [[*reduces, *over, *gathers]] * 2, "and stages exchange no shapes"
-        assert values == (2, 2, 0), "log-probs and entropy, where somebody asks for them"
-        assert kept == (True, True, False)
+        assert later == [
+            *([[*reduces, *over, *gathers]] * 2),
+            [*reduces, *over],
+        ], "and stages exchange no shapes"
+        assert values == (2, 2, 0, 2), "log-probs and entropy, where somebody asks for them"
+        assert kept == (True, True, False, rank == 0)
         if "expert" in layout:
             assert other["fewest tokens of an expert"] == 0
 

@@ -27,6 +27,7 @@ _ENVIRONMENT = {
     "NVTE_PROJECT_BUILDING": "1",  # import without the compiled libraries
     "NVTE_TORCH_COMPILE": "0",
     "NVTE_FRAMEWORK": "pytorch",
+    "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",  # as policy/backend.py sets it on Hopper
 }
 _PACKAGE = "transformer_engine"
 _TRITON = f"{_PACKAGE}.pytorch.triton"
@@ -172,6 +173,13 @@ def _answer_tensor_methods() -> None:
             kwargs["device"] = "cpu"
         return real_to(self, *args, **kwargs)
 
+    make = real._make_wrapper_subclass
+
+    def make_wrapper(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        place = torch.device("cpu") if isinstance(device, int) else device
+        return make(*args, device=place, **kwargs)
+
+    tensor._make_wrapper_subclass = staticmethod(make_wrapper)
     tensor.cuda = cuda
     tensor.to = to
     tensor.is_cuda = property(is_cuda)
@@ -192,6 +200,9 @@ def start() -> Any:
         sys.modules[name] = _substitute(name)
     with _a_gpu_while_importing():
         importlib.import_module(f"{_PACKAGE}.pytorch")
+    distributed: Any = importlib.import_module(f"{_PACKAGE}.pytorch.distributed")
+    distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cpu.prepare_megatron()
     _answer_tensor_methods()
     backend._started = backend.Backend(torch.device("cpu"), "gloo", True)
@@ -203,6 +214,10 @@ def forget_groups() -> None:
     distributed: Any = importlib.import_module(f"{_PACKAGE}.pytorch.distributed")
     distributed.get_distributed_world_size.cache_clear()
     distributed.get_distributed_rank.cache_clear()
+    quantization: Any = importlib.import_module(f"{_PACKAGE}.pytorch.quantization")
+    quantization.FP8GlobalStateManager.reset()  # groups whose largest values it compares
+    attention: Any = f"{_PACKAGE}.pytorch.attention.dot_product_attention.dot_product_attention"
+    importlib.import_module(attention)._attention_backends["attention_params"] = None
 
 
 @contextlib.contextmanager
