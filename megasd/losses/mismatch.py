@@ -83,3 +83,18 @@ def _sums(old: PerToken, rollout: PerToken) -> list[Tensor]:
         weights.sum(),
         weights.square().sum(),
     ]
+
+
+def precision_metrics(float8_logprobs: PerToken, logprobs: PerToken) -> dict[str, float]:
+    """How far float8 moves the log-probs of the same tokens under the same weights.
+
+    With x = float8 - bfloat16: mean and 99th percentile (linear interpolation) of |x|, and `k3`,
+    the mean of exp(x) - 1 - x: an estimate of KL(bfloat16, float8) on tokens that the bfloat16
+    policy samples. A difference that is not finite is one in each of the three.
+    """
+    difference = float8_logprobs.double() - logprobs.double()
+    return {
+        "abs_mean": difference.abs().mean().item(),
+        "abs_p99": quantile(difference.abs().float(), 0.99),
+        "k3": (difference.exp() - 1 - difference).mean().item(),
+    }

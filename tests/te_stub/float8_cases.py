@@ -1,4 +1,4 @@
-"""What the process with Transformer Engine's layers runs of float8."""
+"""What a process with Transformer Engine's layers runs of float8, with or without a GPU."""
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megasd.types import View
+from megasd.types import Scores, View
 from tests.distributed import policy_cases as cases
 
 VOCABULARY = 121
@@ -24,18 +24,22 @@ def passes(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     policy = cases.make_policy(folder, {**SETTINGS, **settings})
     recipes = _recipes_by_layer(policy)
     offsets = cases.offsets_of(views())
-    batch, credit = cases.batch_and_credit(views(), seed=1)
-    scored, in_score = policy.score(views(), offsets).logprobs.numpy(), dict(recipes)
+    batch, credit = cases.batch_and_credit(views(), 1, settings.get("device", "cpu"))
+    scored, in_score = _numbers(policy.score(views(), offsets)), dict(recipes)
     done = policy.update(views(), offsets, batch, credit, cases.PlainLoss(), minibatch=0)
     assert done.logprobs is not None
     assert done.read is not None
     return {
         "scored": scored,
-        "read by both": np.stack([scored, done.logprobs])[:, done.read],
+        "read by both": np.stack([scored, done.logprobs.cpu()])[:, done.read.cpu()],
         "metrics": done.metrics,
         "recipes": (in_score, dict(recipes)),
         "copies": [len(copies) for copies in _copies(policy)],
     }
+
+
+def _numbers(scores: Scores) -> np.ndarray:
+    return scores.logprobs.cpu().numpy()
 
 
 def _recipes_by_layer(policy: Any) -> dict[int, str | None]:
@@ -58,7 +62,7 @@ def take_turns(folder: Path, settings: Mapping[str, Any]) -> dict[str, list[np.n
     """
     policy = cases.make_policy(folder, {**SETTINGS, **settings, "teacher": {"weights": "frozen"}})
     offsets = cases.offsets_of(views())
-    batch, credit = cases.batch_and_credit(views(), seed=1)
+    batch, credit = cases.batch_and_credit(views(), 1, settings.get("device", "cpu"))
     read = {
         "student": lambda: policy.score(views(), offsets),
         "teacher": lambda: policy.score_teacher("teacher", views(), offsets),
@@ -67,11 +71,11 @@ def take_turns(folder: Path, settings: Mapping[str, Any]) -> dict[str, list[np.n
     policy.update(views(), offsets, batch, credit, cases.PlainLoss(), minibatch=0)
     seen = {name: [] for name in read}
     for name in ("teacher", "student", "teacher", "student"):
-        seen[name].append(read[name]().logprobs.numpy())
+        seen[name].append(_numbers(read[name]()))
     for name in ("teacher", "student"):
         for copies in _copies(policy):
             copies.clear()
-        seen[name].append(read[name]().logprobs.numpy())
+        seen[name].append(_numbers(read[name]()))
     return seen
 
 

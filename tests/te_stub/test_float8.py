@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from megasd.policy.config import FP8Config
 from megasd.policy.float8 import FORMATS, tokens_of_a_multiple
 from megasd.testing.ranks import Ranks
 from megasd.testing.tiny import tiny_qwen3, tiny_qwen3_moe
-from megasd.weights.fp8 import is_quantized, quantize
 from tests.distributed import checkpoint_cases, policy_cases
+from tests.float8 import as_an_fp8_engine
 from tests.te_stub import float8_cases
 from tests.te_stub.cases import with_transformer_engine
 
@@ -83,39 +80,12 @@ def test_the_passes_and_layers_that_ask_for_it_are_in_float8_and_no_other(
 def test_blockwise_log_probs_are_those_of_an_fp8_engines_weights_and_activations(
     folders: Mapping[str, Path], te: Ranks
 ) -> None:
-    """In float32 around them, so that nothing but float8 rounds: what travels to engines, and
-    activations with a scale for 128 of a token, in transformers."""
+    """In float32 around them, so that nothing but float8 rounds."""
     settings = {"dtype": "float32", "fp8": {"recipe": "blockwise"}}
     ours = run(te, float8_cases.passes, folders["qwen3"], settings)["scored"]
-    model = AutoModelForCausalLM.from_pretrained(folders["qwen3"], dtype=torch.float32)
-    plain = _read(model)
-    modules: Any = model.named_modules()
-    for name, module in modules:
-        if isinstance(module, torch.nn.Linear) and is_quantized(f"{name}.weight", (256, 256)):
-            small, scales = quantize(module.weight.detach())
-            blocks = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
-            module.weight.data = small.float() * blocks
-            module.register_forward_pre_hook(lambda _, given: (_in_blocks(given[0]),))
-    theirs = _read(model)
+    theirs, plain = as_an_fp8_engine(folders["qwen3"], float8_cases.views())
     assert np.abs(ours - theirs).mean() < 1e-3
     assert np.abs(theirs - plain).mean() > 0.05
-
-
-def _in_blocks(x: Tensor) -> Tensor:
-    parts = x.unflatten(-1, (-1, 128))
-    scale = parts.abs().amax(-1, keepdim=True) / 448
-    small = functional.hardtanh(parts / scale, -448, 448).to(torch.float8_e4m3fn)
-    return (small.float() * scale).flatten(-2)
-
-
-@torch.no_grad()
-def _read(model: Any) -> np.ndarray:
-    found = []
-    for view in float8_cases.views():
-        ids = torch.from_numpy(np.concatenate([view.prompt_ids, view.response_ids]))
-        table = model(ids[None]).logits[0].log_softmax(-1)[len(view.prompt_ids) - 1 : -1]
-        found.append(table.gather(1, torch.from_numpy(view.response_ids)[:, None])[:, 0])
-    return torch.cat(found).numpy()
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
