@@ -65,15 +65,17 @@ def test_a_run_that_is_preempted_hangs_and_loses_a_node_equals_one_that_was_left
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(workspace.make(tmp_path))
-    Path("site.yaml").write_text(SITE)
-    Path("examined.yaml").write_text(SITE.replace("preflight: false", "preflight: true"))
+    # A rank for each node: where a node has two, see the run below.
+    site = SITE.replace("gpus_per_node: 2", "gpus_per_node: 1")
+    Path("site.yaml").write_text(site)
+    Path("examined.yaml").write_text(site.replace("preflight: false", "preflight: true"))
     whole = submit("whole", capsys, "--nodes=2", "--site=examined.yaml", *WATCHED, steps=STEPS)
     disturbed = submit("disturbed", capsys, "--nodes=2", *WATCHED, steps=STEPS)
     run = tmp_path / "disturbed"
 
     assert slurm.wait(whole, timeout=300)["JobState"] == "COMPLETED", logs(tmp_path / "whole")
     (examined,) = (tmp_path / "whole" / "logs").glob("*/preflight.log")
-    assert "4 ranks on 2 nodes answer" in examined.read_text()
+    assert "2 ranks on 2 nodes answer" in examined.read_text()
     assert "nothing is wrong" in examined.read_text()
     assert not list((run / "logs").glob("*/preflight.log"))
     slurm.until(lambda: rows(run) >= 2, "two steps", 300)
@@ -85,10 +87,10 @@ def test_a_run_that_is_preempted_hangs_and_loses_a_node_equals_one_that_was_left
     slurm.until(lambda: rows(run) > saved, "a step after the first resumption", 300)
 
     before = (run / METRICS_FILE).stat().st_ino
-    os.kill(process_of(disturbed, 3), signal.SIGSTOP)
+    os.kill(process_of(disturbed, 1), signal.SIGSTOP)
     slurm.until(lambda: list(run.glob("hangs/*/summary.txt")), "the name of the rank", 60)
     (summary,) = run.glob("hangs/*/summary.txt")
-    assert "rank 3 (node " in summary.read_text()
+    assert "rank 1 (node " in summary.read_text()
     assert "does not answer" in summary.read_text()
     slurm.until(lambda: slurm.job(disturbed)["Restarts"] == "2", "a requeue")
     assert "a rank hung: no step for " in (run / "logs" / f"{disturbed}.log").read_text()
