@@ -1,8 +1,8 @@
 """What the forward pass of one packed micro-batch leaves for its backward pass, and that needs.
 
 Two lists of what is saved, by who computes: Megatron's local layers with our attention, on a CPU
-(measured: the tests count every saved tensor, and the peak of a backward pass), and Transformer
-Engine's layers on a GPU, in bfloat16 (written from their code, and not yet compared with a GPU).
+(the tests count every saved tensor, and the peak of a backward pass), and Transformer Engine's
+layers in bfloat16 (the tests count what its Python saves, on a CPU; peaks are not yet measured).
 T is the tokens of the micro-batch, all sequences of one length; e the bytes of the model's dtype.
 """
 
@@ -22,7 +22,7 @@ class Cut:
     model: Model
     parallel: ParallelConfig
     tokens: int
-    longest: int  # tokens of its longest sequence: as many positions have a rotation
+    longest: int  # tokens of its longest sequence
     dtype_bytes: int
     engine: Engine
     imbalance: float = 1.0  # of experts: tokens of the busiest rank over the mean
@@ -119,9 +119,8 @@ def _te_attention(cut: Cut) -> float:
     saved = cut.rows * (2 * model.hidden * e + 4)
     if model.qk_norm:
         saved += _norm(cut, cut.tokens * (heads + kv_heads), d)
-    # linear_qkv's output, of which the values are a part; rotated queries and keys.
+    # Rotated queries and keys, and values: a copy, linear_qkv's output is not kept.
     saved += cut.tokens * (heads + 2 * kv_heads) * d * e
-    saved += cut.tokens * (heads + kv_heads) * d * e
     return saved + cut.tokens * heads * (d * e + 4)  # attention's output and log-sum-exp
 
 
@@ -135,8 +134,17 @@ def _te_mlp(cut: Cut) -> float:
 def _te_experts(cut: Cut) -> float:
     model, e = cut.model, cut.dtype_bytes
     saved = _norm(cut, cut.rows, model.hidden) + cut.rows * model.hidden * e
-    saved += cut.rows * _routing(model)
+    # Experts, their probabilities and twice the rows' places in the order of sending; of each
+    # token the map of its rows.
+    saved += cut.rows * (model.experts_per_token * (8 + 4 + 8) + (2 * model.experts + 1) * 4)
     return saved + cut.slots * (model.hidden * e + 3 * cut.width * e + 4)
+
+
+def _positions(cut: Cut) -> int:
+    """Those that have a rotation; Transformer Engine's are a power of 2 (policy/megatron/fixes)."""
+    if cut.engine == "local":
+        return cut.longest
+    return max(1024, 1 << (cut.longest - 1).bit_length())
 
 
 def forward_pass(cut: Cut) -> float:
@@ -235,12 +243,13 @@ def last_norm_going_backward(cut: Cut) -> float:
 def kept_on_stage(cut: Cut, *, stage: int, recompute: bool, in_flight: int) -> float:
     """All that a stage saves of `in_flight` micro-batches, before the last norm and the head.
 
-    With recomputation only the inputs of its layers, and the positions' rotations once.
+    With recomputation only the inputs of its layers, and the positions' rotations once; layers of
+    Transformer Engine share them anyway.
     """
     per_layer = layer_input(cut) if recompute else layer_saved(cut)
     kept = per_layer * (cut.model.layers // cut.parallel.pipeline)
-    if recompute:
-        kept += cut.longest * cut.model.head_dim * 4
+    if recompute or cut.engine == "transformer_engine":
+        kept += _positions(cut) * cut.model.head_dim * 4
     if stage == 0:
         kept += cut.tokens * 8  # the ids, for the embedding
     return kept * in_flight

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed import methods_cases
+from tests.distributed import methods_cases, planner_cases
 from tests.distributed import policy_cases as cases
 from tests.te_stub import kernels, stand_in, waits
 
@@ -123,3 +123,10 @@ def waits_of_passes(
     finally:
         forward.run = run
     return sum(sizes), found
+
+
+def saved_by_forward(folder: Path, settings: Mapping[str, Any], cuts: Any) -> list[int]:
+    return with_transformer_engine(planner_cases.saved_by_forward, folder, settings, cuts)
+
+
+saved_by_forward.keeps_groups = True  # pyright: ignore[reportFunctionMemberAccess]
