@@ -44,16 +44,26 @@ def checksum(values: Tensor) -> int:
     sum_i w_i (1 + (i mod p)) modulo 2^64 over 32-bit words w_i (the last one filled with zeros),
     p = 1,000,003. A change of one word always shows: a factor below 2^20 cannot hide 32 bits.
     """
+    return checksums([values])[0]
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """Of each; the device is asked once, for all of them."""
+    sums = [_sum(values) for values in tensors]
+    return [total % 2**64 for total in torch.stack(sums).tolist()] if sums else []
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Modulo 2^64, as int64 is."""
     raw = values.detach().contiguous().view(-1).view(torch.uint8)
     if raw.storage_offset() % 4:  # bytes that no word can start at, behind an odd bfloat16 tensor
         raw = raw.clone()
     whole = raw.numel() // 4 * 4
-    words = raw[:whole].view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=raw.device)
+    words, rest = raw[:whole].view(torch.int32), raw[whole:].long()
+    total = (rest << 8 * torch.arange(len(rest), device=raw.device)).sum()
+    total *= words.numel() % _PRIME + 1
     for start in range(0, words.numel(), _CHUNK):
         part = words[start : start + _CHUNK].long()
         place = torch.arange(start, start + part.numel(), device=raw.device) % _PRIME
         total += (part * (place + 1)).sum()
-    rest = raw[whole:].tolist()
-    last = sum(byte << (8 * i) for i, byte in enumerate(rest)) * (words.numel() % _PRIME + 1)
-    return (int(total) + last) % 2**64
+    return total

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from megasd.rollout.vllm import nccl
-from megasd.weights.bucket import Bucket, checksum
+from megasd.weights.bucket import Bucket, checksums
 
 TransportKind = Literal["gloo", "nccl", "ipc"]
 FAILED = "failed"  # a key that anybody sets: whoever waits on the channel gives up
@@ -69,7 +69,7 @@ class Header:
             names=list(tensors),
             dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
             shapes=[list(tensor.shape) for tensor in tensors.values()],
-            checksums=[checksum(tensor) for tensor in tensors.values()] if check else None,
+            checksums=checksums(tensors.values()) if check else None,
             memory=memory,
         )
 
@@ -252,10 +252,11 @@ class Receiver:
     def _differences(self, header: Header, tensors: Mapping[str, Tensor]) -> list[str]:
         if header.checksums is None:
             return []
+        arrived = checksums(tensors.values())
         return [
             f"{name} arrived at worker {self._worker} with another checksum than it was sent with"
-            for (name, tensor), sent in zip(tensors.items(), header.checksums, strict=True)
-            if checksum(tensor) != sent
+            for name, sent, found in zip(tensors, header.checksums, arrived, strict=True)
+            if found != sent
         ]
 
 

@@ -1,11 +1,13 @@
 """Tensors that travel together, and the number that proves that they arrived."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megasd.weights.bucket import Bucket, checksum, named_tensors
+from megasd.weights.bucket import Bucket, checksum, checksums, named_tensors
 
 
 def test_a_bucket_sees_its_memory_as_tensors_end_to_end() -> None:
@@ -43,3 +45,22 @@ def test_a_checksum_is_the_sum_it_says_over_many_chunks() -> None:
     words = torch.randint(-(2**31), 2**31, (2**22 + 5,), dtype=torch.int64).int()
     expected = sum(int(w) * (i % 1_000_003 + 1) for i, w in enumerate(words.tolist()))
     assert checksum(words) == expected % 2**64
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the host waits for one number."""
+
+    times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_the_checksums_of_many_tensors_are_asked_for_at_once() -> None:
+    tensors = [torch.randn(n).bfloat16() for n in (1, 2, 3, 4, 1001)]
+    with Asked() as asked:
+        found = checksums(tensors)
+    assert found == [checksum(tensor) for tensor in tensors]
+    assert asked.times == 0
+    assert checksums([]) == []
