@@ -163,11 +163,16 @@ def count_not_finite(
 
     Where N = R every rollout has one token, so that both readings are the same.
     """
-    is_bad = ~values.isfinite()
-    count, rollouts = int(is_bad.sum()), []
+    if values.ndim > 1:  # rows may take most of a GPU: a part of them after the other
+        parts = values.flatten(1).split(max(1, 2**24 // max(1, values[0].numel())))
+        counts = torch.cat([(~part.isfinite()).sum(dim=1) for part in parts])
+        is_bad, count = counts > 0, int(counts.sum())
+    else:
+        is_bad = ~values.isfinite()
+        count = int(is_bad.sum())
+    rollouts = []
     if count and is_bad.ndim:
-        rows = is_bad.flatten(1).any(dim=1) if is_bad.ndim > 1 else is_bad
-        rows = rows if index is None else rows[index]
+        rows = is_bad if index is None else is_bad[index]
         if len(rows) == len(batch.rollout_ids):
             rollouts = batch.rollout_ids[rows].unique().tolist()
         elif len(rows) == batch.num_rollouts:
@@ -213,7 +218,7 @@ def _of_rollouts(rollouts: Sequence[int]) -> str:
 
 
 def _merged(ranks: Sequence[OnRank]) -> dict[str, NotFinite]:
-    """By tensor, over the ranks. Those that read the same tokens count each value again."""
+    """By tensor, over the ranks, which hold different rows or columns."""
     merged: dict[str, NotFinite] = {}
     for rank in ranks:
         for name, one in rank.tensors.items():

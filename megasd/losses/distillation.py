@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megasd.losses.per_rollout import blocks
+from megasd.losses.per_rollout import BLOCK, blocks
 from megasd.types import PerToken, RolloutIndex, TokenIndex, TokenMask
 
 
@@ -66,14 +66,26 @@ def confidence_weights(
     The weights of SRPO (arXiv:2604.02288); `minibatch_ids` are per token. The lowest entropy is
     taken out first: the mean is never below 1 / tokens, however large beta H.
     """
-    minibatches, index = torch.unique(minibatch_ids, return_inverse=True)
-    exponents = torch.where(chosen, -beta * entropy.double(), -torch.inf)
-    lowest = exponents.new_full((len(minibatches),), -torch.inf)
-    highest = lowest.scatter_reduce(0, index, exponents, "amax")
-    raw = torch.where(chosen, (exponents - highest[index]).exp(), 0.0)
-    sums = torch.zeros_like(highest).index_add(0, index, raw)
-    counts = torch.bincount(index[chosen], minlength=len(minibatches))
-    return torch.where(chosen, raw * (counts / sums)[index], 0.0).float()
+    size = int(minibatch_ids.max()) + 1 if len(minibatch_ids) else 0
+    highest = torch.full((size,), -torch.inf, dtype=torch.float64, device=entropy.device)
+    sums, counts = torch.zeros_like(highest), torch.zeros_like(highest)
+    parts = list(zip(*(of.split(BLOCK) for of in (entropy, chosen, minibatch_ids)), strict=True))
+    for values, is_chosen, index in parts:
+        exponents = torch.where(is_chosen, -beta * values.double(), -torch.inf)
+        highest.scatter_reduce_(0, index, exponents, "amax")
+        counts.index_add_(0, index, is_chosen.double())
+
+    def raw(values: PerToken, is_chosen: TokenMask, index: TokenIndex) -> Tensor:
+        exponents = -beta * values.double() - highest[index]
+        return torch.where(is_chosen, exponents.exp(), 0.0)
+
+    for values, is_chosen, index in parts:
+        sums.index_add_(0, index, raw(values, is_chosen, index))
+    weights = [
+        torch.where(is_chosen, raw(values, is_chosen, index) * (counts / sums)[index], 0.0).float()
+        for values, is_chosen, index in parts
+    ]
+    return torch.cat(weights)
 
 
 def truncated_importance_ratio(

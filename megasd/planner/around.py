@@ -12,8 +12,8 @@ from megasd.planner.duration import Duration, duration
 from megasd.planner.hardware import GB, GPUS_PER_NODE, shown
 from megasd.planner.memory import Memory, Scenario, memory
 
-# Of a response token: its id (8) and log-prob (4), and the text of its response.
-OBJECT_BYTES = 15.5
+# Of a response token: its id (4) and log-prob (4), and the text of its response.
+OBJECT_BYTES = 11.5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,13 +41,21 @@ def test_a_checkpoint_holds_weights_optimizer_and_teacher(
     assert copied == pytest.approx(PARAMETERS * of_a_parameter, rel=0.01)
 
 
+def test_what_is_parked_takes_the_hosts_memory_but_for_gradients() -> None:
+    """Of each of eight ranks: its part of the optimizer, and what is kept of a teacher."""
+    more = around("rollout.vllm.park_trainer=true").host_bytes - around().host_bytes
+    memory = make_plan([RLSD], gpus="H200:8", suggest=False).memory
+    assert memory is not None
+    assert more == 8 * (memory.optimizer + memory.teacher)
+
+
 def test_a_rollout_as_an_object_takes_what_is_counted_for_its_tokens() -> None:
     prompt = Prompt(index=0, messages=(), token_ids=np.arange(8))
     rollout = Rollout(
         prompt=prompt,
         group_id=0,
         sample=0,
-        token_ids=np.arange(4000),
+        token_ids=np.arange(4000, dtype=np.int32),
         logprobs=np.zeros(4000, np.float32),
         text="a b" * 4000 + "a" * 2000,  # 3.5 characters of a token
         finish_reason="stop",
