@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megasd.losses import per_rollout
+from megasd.losses import distillation, per_rollout
 from megasd.losses.distillation import future_credit
 from megasd.losses.quantile import quantile
 from megasd.losses.selection import only_highest_entropy
@@ -51,10 +51,14 @@ def test_blocks_are_whole_rollouts_and_change_nothing(monkeypatch: pytest.Monkey
             per_rollout.mean_absolute_deviation(values, batch),
             per_rollout.router(values, 0.3, batch, shape="tanh"),
             *future_credit(values, batch.response_mask, batch.rollout_ids),
+            distillation.confidence_weights(
+                values, batch.response_mask, batch.minibatch_ids[batch.rollout_ids], beta=2.0
+            ),
         ]
 
     whole = everything()
     monkeypatch.setattr(per_rollout, "BLOCK", 8)
+    monkeypatch.setattr(distillation, "BLOCK", 8)
     cuts = per_rollout.blocks(batch.rollout_ids)
     assert [cut.stop - cut.start for cut in cuts] == [4, 7, 8, 9, 4]
     for one, other in zip(everything(), whole, strict=True):
