@@ -19,6 +19,7 @@ from megasd.policy.checks import (
     check_cut,
     check_experts,
     check_fp8,
+    check_fp8_cut,
     check_layers,
     check_layout,
     ranks_per_replica,
@@ -326,7 +327,9 @@ def check_teacher(config: Config) -> list[str]:
                     f"teacher.path: its vocabulary differs from that of model.path: {difference}; "
                     "choose a teacher of the same vocabulary"
                 )
-    faults += [f.replace("model.path", "teacher.path") for f in check_cut(config.parallel, other)]
+    cut = check_cut(config.parallel, other)
+    cut += check_fp8_cut(config.model.fp8, config.parallel, other)
+    faults += [fault.replace("model.path", "teacher.path") for fault in cut]
     return faults
 
 

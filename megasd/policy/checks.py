@@ -116,15 +116,23 @@ def check_fp8(
             f"model.fp8: what is not float8 is bfloat16, and model.dtype is {model.dtype}; set it "
             "to bfloat16, or model.fp8 to null"
         )
-    if hf_config is None:
-        return faults
-    kept, layers = model.fp8.first_last_bf16, hf_config["num_hidden_layers"]
-    if 2 * kept >= layers or kept > layers // max(1, parallel.pipeline):
-        faults.append(
-            f"model.fp8.first_last_bf16: {kept} layers at either end of {layers} leave none in "
-            "float8, or are more than a pipeline stage has; lower it"
-        )
-    return faults + _widths(model.fp8, parallel, hf_config)
+    return faults + check_fp8_cut(model.fp8, parallel, hf_config)
+
+
+def check_fp8_cut(
+    fp8: FP8Config | None, parallel: ParallelConfig, hf_config: Mapping[str, Any] | None
+) -> list[str]:
+    """Whether the layers of a model, cut as asked, are ones that can be in float8."""
+    if fp8 is None or hf_config is None:
+        return []
+    kept, layers = fp8.first_last_bf16, hf_config["num_hidden_layers"]
+    if 2 * kept < layers and kept <= layers // max(1, parallel.pipeline):
+        return _widths(fp8, parallel, hf_config)
+    return [
+        f"model.fp8.first_last_bf16: {kept} layers at either end of the {layers} of model.path "
+        "leave none in float8, or are more than a pipeline stage has; lower it",
+        *_widths(fp8, parallel, hf_config),
+    ]
 
 
 def _of_recipe(fp8: FP8Config) -> list[str]:

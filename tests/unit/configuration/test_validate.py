@@ -434,6 +434,8 @@ def test_a_teacher_of_its_own_must_speak_the_policys_vocabulary_token_by_token()
     assert "teacher.path: its vocabulary differs from that of model.path: token " in fault
     assert "' ++ ' in the other; choose a teacher of the same vocabulary" in fault
     assert faults(*own, "teacher.path=same", "parallel.pipeline=2", world_size=2) == []
+    float8 = faults(*own, "teacher.path=same", "model.fp8.first_last_bf16=2")
+    assert any("2 layers at either end of the 4 of teacher.path leave none in" in f for f in float8)
     (fault,) = faults(*own, "teacher.path=same", "parallel.pipeline=4", world_size=4)
     assert "parallel.pipeline: 4 does not divide the 2 layers" in fault
 

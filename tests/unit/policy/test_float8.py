@@ -51,7 +51,7 @@ def test_every_ranks_share_of_the_tokens_is_one_that_transformer_engine_takes(
         ({"meter_every": -1}, "model.fp8.meter_every: -1 is out of range; set it to 0 or more"),
         ({"first_last_bf16": -1}, "model.fp8.first_last_bf16: -1 is out of range"),
         ({"train": False, "score": False}, "model.fp8.train: nothing is in float8"),
-        ({"first_last_bf16": 18}, "model.fp8.first_last_bf16: 18 layers at either end of 36 lea"),
+        ({"first_last_bf16": 18}, "model.fp8.first_last_bf16: 18 layers at either end of the 36"),
         ({"first_last_bf16": 10, "pipeline": 4}, "model.fp8.first_last_bf16: 10 layers at either"),
         ({"recipe": "delayed", "meter_every": 0}, "model.fp8.score: delayed scaling would scale b"),
         (
