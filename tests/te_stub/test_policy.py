@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megasd.testing.ranks import Ranks
-from tests.distributed import checkpoint_cases, policy_cases
+from tests.distributed import checkpoint_cases, parking_cases, policy_cases
 from tests.distributed.test_methods import methods
 from tests.distributed.test_policy import reference
 from tests.te_stub import cases
@@ -192,6 +192,26 @@ def test_a_run_goes_on_from_a_checkpoint_before_its_first_step(
     whole = te.run(with_transformer_engine, save, *given, world_size=1)
     resumed = te.run(with_transformer_engine, resume, *given, world_size=1)
     np.testing.assert_equal(resumed, whole)
+
+
+def test_fused_adams_state_is_lent_between_steps_and_comes_back_to_the_bit(
+    folders: Mapping[str, Path], tmp_path: Path, te: Ranks
+) -> None:
+    settings = {"dtype": "bfloat16", "roles": ("reference",)}
+    settings |= {"teacher": {"weights": "ema", "decay": 0.5}}
+    plain, lent = (
+        te.run(
+            with_transformer_engine,
+            parking_cases.lend_memory_between_steps,
+            *(folders["qwen3_moe"], tmp_path, settings | {"parks": parks}),
+            world_size=1,
+        )[0]
+        for parks in (False, True)
+    )
+    plain.pop("held")
+    whole, parked, *_ = lent.pop("held")
+    assert parked == dict.fromkeys(whole, 0) | {"weights": whole["weights"]}
+    np.testing.assert_equal(lent, plain)
 
 
 def test_every_method_trains_as_with_local_layers(folders: Mapping[str, Path], te: Ranks) -> None:
