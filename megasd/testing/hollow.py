@@ -21,15 +21,16 @@ Size = Literal["1.7B", "4B", "8B", "32B", "30B-A3B", "235B-A22B"]
 FILE_BYTES = 20 * 10**9  # the dense models are one file
 
 
-def hollow_qwen3(folder: Path | str, size: Size = "8B") -> Path:
+def hollow_qwen3(folder: Path | str, size: Size = "8B", *, layers: int | None = None) -> Path:
     """Writes a Qwen3 of `size` into `folder`, bfloat16, with the tiny tokenizer; returns `folder`.
 
-    The disk must allow files with holes; most do.
+    `layers`: only so many of its layers. The disk must allow files with holes; most do.
     """
     folder = Path(folder)
     tokenizer = tiny_tokenizer()
     vocabulary = tokenizer.get_vocab()
-    sizes, has_experts = SIZES[size], "moe_intermediate_size" in SIZES[size]
+    sizes, has_experts = dict(SIZES[size]), "moe_intermediate_size" in SIZES[size]
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
     config: Any = AutoConfig.for_model(
         "qwen3_moe" if has_experts else "qwen3",
         **sizes,

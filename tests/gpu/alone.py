@@ -1,4 +1,7 @@
-"""One process that is all of its world."""
+"""One process that is all of its world.
+
+MEGASD_TEST_LAYERS=local: with Megatron's own layers where Transformer Engine is installed too.
+"""
 
 import gc
 import os
@@ -13,7 +16,8 @@ def join_alone(device: str) -> Any:
     from megasd.testing.ranks import forget_model_parallel
 
     os.environ.pop("RANK", None)
-    started = backend.start(device)
+    layers: Any = os.environ.get("MEGASD_TEST_LAYERS", "auto")
+    started = backend.start(device, layers=layers)
     if not dist.is_initialized():
         backend.join_ranks(started, timeout_seconds=60)
     forget_model_parallel()
