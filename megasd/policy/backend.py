@@ -109,7 +109,7 @@ def start(
     # Megatron's own business, once per rank: nothing that a user could act on.
     for message in (
         *("The .grad attribute of a Tensor", ".*tensor` is deprecated", ".*Apex is not"),
-        "fp8_autocast is deprecated",
+        *("fp8_autocast is deprecated", "The next bucket's parameter all-gather"),
     ):
         warnings.filterwarnings("ignore", message=message)
     return _started

@@ -91,6 +91,7 @@ class Policy:
         self._parking = Parking(pinned=backend.is_cuda) if parks else None
         self._learning_rate = partial(learning_rate, optimizer, total_steps=total_steps)
         self.version = 0  # optimizer steps that changed the weights: the place in the schedule
+        self._is_gathered = True  # the parameters are on all ranks what the last step made them
         self.skipped_steps = 0  # optimizer steps whose loss or gradient was not finite
 
     def _initial_weights(self) -> TeacherWeights:
@@ -226,7 +227,10 @@ class Policy:
         *,
         minibatch: int,
     ) -> UpdateResult:
-        """One optimizer step over mini-batch `minibatch` of the batch."""
+        """One optimizer step over mini-batch `minibatch` of the batch.
+
+        Nobody may read the parameters before the last one of the batch, but by a forward pass.
+        """
         result = update(
             self.state,
             views,
@@ -241,6 +245,10 @@ class Policy:
         )
         self.skipped_steps += result.skipped
         self.version += result.outcome == "stepped"
+        self._is_gathered &= result.outcome == "empty"
+        if not self._is_gathered and minibatch >= int(batch.minibatch_ids.max()):
+            self.state.ddp.start_param_sync(force_sync=True)
+            self._is_gathered = True
         return result
 
     def weight_buckets(self, *, whole: bool = False, takes: bool = True) -> Iterator[Bucket]:

@@ -278,7 +278,7 @@ def test_a_mini_batch_without_weights_runs_nothing_and_changes_nothing_on_any_ra
     [("qwen3 tied", {}), ("qwen3_moe", {"expert": 2}), ("qwen3 untied", {"pipeline": 2})],
     ids=["DP2", "EP2", "PP2"],
 )
-def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_once(
+def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_beside_the_next(
     model: str, layout: dict, folders: Mapping[str, Path], ranks: Ranks
 ) -> None:
     """To the bit as without, ranks without a token and experts without one among them.
@@ -290,7 +290,7 @@ def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_
         ranks.run(
             megatron_cases.steps_and_traffic,
             folders[model],
-            settings | {"ddp": ddp},
+            settings | {"ddp": ddp, "settles": "bucket_size" not in ddp},
             world_size=2,
         )
         for ddp in ({"overlap_grad_reduce": False}, {"bucket_size": 3000})
@@ -298,19 +298,18 @@ def test_gradients_are_reduced_beside_the_backward_pass_and_parameters_gathered_
     for rank, (one, other) in enumerate(zip(plain, cut, strict=True)):
         for name, weight in one["weights"].items():
             np.testing.assert_array_equal(other["weights"][name], weight, err_msg=name)
+        assert other["head was gathered"], "for who reads it outside of a forward pass"
         buckets = other["buckets"]
         assert buckets > 2 or "pipeline" in layout
-        reduces, gathers, over = ["reduce"] * buckets, ["gather"] * buckets, ["backward is over"]
-        (first, *later), values, kept = zip(*other["steps"], strict=True)
+        gathers, reduces, over = ["gather"] * buckets, ["reduce"] * buckets, ["backward is over"]
+        traffic, values, kept = zip(*other["steps"], strict=True)
         # The first time Megatron counts what becomes ready.
         waits = rank == 0 or "pipeline" not in layout
-        assert first == ([*over, *reduces] if waits else [*reduces, *over]) + gathers
-        assert later == [
-            *([[*reduces, *over, *gathers]] * 2),
-            [*reduces, *over],
-        ], "and stages exchange no shapes"
-        assert values == (2, 2, 0, 2), "log-probs and entropy, where somebody asks for them"
-        assert kept == (True, True, False, rank == 0)
+        assert traffic[0] == gathers + ([*over, *reduces] if waits else [*reduces, *over])
+        step = [*gathers, *reduces, *over]
+        assert traffic[1:] == (step, step, step + gathers, reduces + over)
+        assert values == (2, 2, 0, 2, 2), "log-probs and entropy, where somebody asks for them"
+        assert kept == (True, True, False, rank == 0, True)
         if "expert" in layout:
             assert other["fewest tokens of an expert"] == 0
 

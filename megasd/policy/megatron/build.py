@@ -1,6 +1,6 @@
 """From a config to this rank's part of the model: process groups, layers, DDP, optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,10 @@ from megasd.policy.megatron.fixes import (
     count_tokens_to_send_on_a_cpu,
     define_te_general_gemm,
     forget_routing_after_use,
-    gather_parameters_once,
     has_apex_accumulation,
     leave_step_out_of_parameter_state,
     let_weight_gradients_be_accumulated,
+    wait_for_gathered_parameters_once,
 )
 from megasd.policy.megatron.optimizer_shards import save_ranges_as_boxes
 from megasd.policy.megatron.rope import rope_arguments
@@ -230,6 +230,8 @@ class HeadlessGPT(GPTModel):
     full logits never exist.
     """
 
+    wait_for: Callable[[Tensor], None] | None = None  # a parameter that may not be gathered yet
+
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
@@ -242,6 +244,8 @@ class HeadlessGPT(GPTModel):
             else self.output_layer.weight
         )
         assert weight is not None, "only the last stage has a head"
+        if self.wait_for is not None:
+            self.wait_for(weight)
         return weight
 
 
@@ -285,14 +289,27 @@ def wrap(gpt: HeadlessGPT) -> DistributedDataParallel:
 
     Bucket by bucket, beside the last backward pass of the step (stages of a pipeline that wait for
     the first: after it). Every parameter that learns must have a gradient in every backward pass.
+    After a step the parameters are gathered by the next forward pass, as it comes to them. Who
+    reads them in another way gathers them first: `ddp.start_param_sync(force_sync=True)`.
     """
     ddp = DistributedDataParallel(
         gpt.config,
         DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=True
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
         ),
         gpt,
     )
+
+    wait_for_gathered_parameters_once(ddp)
+
+    def wait_for(parameter: Tensor) -> None:
+        if bucket := ddp.param_to_bucket_group.get(parameter):  # it learns
+            bucket.finish_param_sync()
+
+    gpt.wait_for = wait_for
     gpt.config.no_sync_func, gpt.config.grad_sync_func = ddp.no_sync, ddp.start_grad_sync
     # The token counts that Megatron would divide by are already in the token weights.
     gpt.config.finalize_model_grads_func = lambda model, _num_tokens, **kwargs: (
@@ -325,7 +342,6 @@ def build_optimizer(ddp: DistributedDataParallel, optimizer: OptimizerConfig) ->
         use_gloo_process_groups=False,
     )
     assert isinstance(built, ChainedOptimizer)
-    gather_parameters_once(built)
     allocate_adam_state(built)
     leave_step_out_of_parameter_state(built)
     save_ranges_as_boxes(built)

@@ -1,15 +1,17 @@
 """What megatron-core 0.16 gets wrong for us: one named function per fault, each with a test.
 
-Four concern the distributed optimizer: two whatever Adam it is over, two over torch's AdamW, which
+Three concern the distributed optimizer: one whatever Adam it is over, two over torch's AdamW, which
 Megatron falls back to when neither Transformer Engine nor apex is there; with their FusedAdam these
 two do nothing. Three concern experts: two of them without Transformer Engine or on a CPU, one
-everywhere. One concerns the memory of rotary embeddings, one what Transformer Engine may fuse.
+everywhere. One each concerns the memory of rotary embeddings, what Transformer Engine may fuse, and
+parameters that are gathered beside a forward pass.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -89,15 +91,21 @@ def has_apex_accumulation() -> bool:
     return layers._grad_accum_fusion_available
 
 
-def gather_parameters_once(optimizer: ChainedOptimizer) -> None:
-    """Leave it to the last of the chained optimizers to gather the parameters after a step.
+def wait_for_gathered_parameters_once(ddp: DistributedDataParallel) -> None:
+    """Ask a bucket that is gathered for nothing more.
 
-    There are two where the model has experts, and each would gather those of the whole model: of
-    dense layers and of experts. The last one gathers when all have stepped.
+    Megatron's hook asks for every parameter of every module, in every forward pass, and each time
+    the bucket looks through all its parameters for some in float8, of which we have none: on the
+    later stages of a pipeline, whose parameters are one bucket, a square of their number.
     """
-    for part in optimizer.chained_optimizers[:-1]:
-        assert isinstance(part, DistributedOptimizer)
-        part.model_chunks = []
+    for bucket in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
+        finish: Any = bucket.finish_param_sync
+
+        def finish_once(*args: Any, bucket: Any = bucket, finish: Any = finish, **kw: Any) -> None:
+            if not bucket.param_gather_dispatched or bucket.param_gather_handle is not None:
+                finish(*args, **kw)
+
+        bucket.finish_param_sync = finish_once
 
 
 def _adams(optimizer: ChainedOptimizer) -> Iterator[torch.optim.Adam]:
