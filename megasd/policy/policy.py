@@ -32,6 +32,8 @@ REFERENCE = TeacherConfig(weights="frozen")
 class Policy:
     """A model that learns, cut over the ranks; every method is called by all of them."""
 
+    _is_gathered = True  # the parameters are on all ranks what the last step made them
+
     def __init__(
         self,
         *,
@@ -91,7 +93,6 @@ class Policy:
         self._parking = Parking(pinned=backend.is_cuda) if parks else None
         self._learning_rate = partial(learning_rate, optimizer, total_steps=total_steps)
         self.version = 0  # optimizer steps that changed the weights: the place in the schedule
-        self._is_gathered = True  # the parameters are on all ranks what the last step made them
         self.skipped_steps = 0  # optimizer steps whose loss or gradient was not finite
 
     def _initial_weights(self) -> TeacherWeights:
