@@ -127,7 +127,7 @@ def last_step(folder: Path) -> dict[str, float]:
     """Seconds by phase, and the distance of the engine's log-probs, of the last optimizer step."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     row = [row for row in rows if "time/step" in row][-1]
-    wanted = re.compile(r"time/|speed/tokens|engine/probe_gap|update/(grad_norm|mismatch/abs)")
+    wanted = re.compile(r"time/|speed/tokens|engine/probe|fp8/|update/(grad_norm|mismatch/abs)")
     return {name: rounded(value) for name, value in row.items() if wanted.match(name)}
 
 

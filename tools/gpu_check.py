@@ -43,7 +43,8 @@ BENCH = "{python} tools/bench_gpu.py"
 RL = (
     "test -e {folder}/inputs/heldout.jsonl"
     " || {python} tools/make_quickstart_data.py {folder}/inputs"
-    " && {python} tools/make_tiny_model.py {own}/model --head-dim 64"
+    " && {python} tools/make_tiny_model.py {own}/model"
+    " --hidden 256 --heads 4 --kv-heads 2 --head-dim 64 --intermediate 512"
     " && {python} -m megasd.cli train configs/quickstart.yaml"
     " run.device=cuda run.name=run run.directory={own} run.steps=6 model.path={own}/model"
     " model.dtype=bfloat16 data.files=[{folder}/inputs/rl.jsonl]"
@@ -51,6 +52,9 @@ RL = (
     " checkpoint.every=3 optimizer.warmup_steps=2"
     " algorithm.name=opsd"  # learns from what a random model writes: no reward is needed
 )
+RESUMED = " && {python} -m megasd.cli train --resume {own}/run run.steps=8"
+WITH_VLLM = " rollout.engine=vllm rollout.vllm.kv_cache_gib=2"
+IN_FLOAT8 = " model.fp8.recipe=blockwise model.fp8.meter_every=2 rollout.vllm.quantization=fp8"
 SPEED = " && {python} tools/bench_gpu.py run {own}/run"
 VLLM = ("vllm",)
 ENGINE = ("transformer_engine",)
@@ -77,6 +81,7 @@ def tests(name: str, limit: float, what: str, **more: Any) -> Step:
 LOCAL = {"MEGASD_TEST_LAYERS": "local"}  # tests/gpu/alone.py
 VLLM_TESTS = "tests/gpu/test_vllm.py"
 SLEPT = f"{VLLM_TESTS}::test_shared_memory_feeds_an_engine_that_slept"
+FLOAT8 = f"{VLLM_TESTS}::test_float8_weights_sample_close_to_their_originals"
 FRESH = " ".join(
     f"--ignore tests/gpu/test_{name}.py" for name in ("vllm", "backend", "float8", "doctor")
 )
@@ -84,7 +89,7 @@ STEPS = (
     Step(
         name="doctor",
         limit=60,
-        command="{python} -m megasd.cli doctor --json --folder {own}",
+        command="{python} -m megasd.cli doctor --folder {own}",
         alone=True,
     ),
     Step(name="machine", limit=40, command=f"{BENCH} machine", alone=True),
@@ -94,7 +99,7 @@ STEPS = (
     tests("policy_te", 120, "tests/gpu/test_policy.py", needs=ENGINE),
     tests("policy_local", 120, "tests/gpu/test_policy.py", environment=LOCAL),
     tests("head", 100, "tests/gpu/test_head.py"),
-    Step(name="rl_hf", limit=120, command=RL + SPEED),
+    Step(name="rl_hf", limit=150, command=RL + RESUMED + SPEED),
     tests("checkpoint", 100, "tests/gpu/test_checkpoint.py"),
     tests("step", 100, "tests/gpu/test_step.py", needs=ENGINE),
     tests("planner", 90, "tests/gpu/test_planner.py", needs=ENGINE),
@@ -105,13 +110,7 @@ STEPS = (
     Step(name="bench_head", limit=60, command=f"{BENCH} head", alone=True),
     Step(name="bench_passes", limit=90, command=f"{BENCH} passes", alone=True),
     tests("vllm_dense", 120, f"'{SLEPT}[dense]'", needs=VLLM, alone=True),
-    Step(
-        name="rl_vllm",
-        limit=150,
-        command=f"{RL} rollout.engine=vllm rollout.vllm.kv_cache_gib=2{SPEED}",
-        needs=VLLM,
-        alone=True,
-    ),
+    Step(name="rl_vllm", limit=150, command=RL + WITH_VLLM + SPEED, needs=VLLM, alone=True),
     Step(
         name="bench_float8",
         limit=60,
@@ -120,7 +119,14 @@ STEPS = (
         alone=True,
     ),
     tests("vllm_moe", 120, f"'{SLEPT}[moe]'", needs=VLLM, alone=True),
-    tests("vllm_float8", 150, f"{VLLM_TESTS} -k float8", needs=VLLM, alone=True),
+    tests("vllm_float8", 150, FLOAT8, needs=VLLM, alone=True),
+    Step(
+        name="rl_float8",
+        limit=150,
+        command=RL + WITH_VLLM + IN_FLOAT8 + SPEED,
+        needs=VLLM + ENGINE,
+        alone=True,
+    ),
     # Without the tests that start processes of their own.
     tests("one_process", 200, f"tests/gpu {FRESH}", alone=True),
 )

@@ -89,6 +89,23 @@ def test_checks_run_side_by_side_and_measurements_alone(tmp_path: Path) -> None:
     assert steps["2"]["began"] >= 0.4
 
 
+def test_who_interrupts_it_ends_its_steps_too(tmp_path: Path) -> None:
+    """And finds what came of those before."""
+    check = Check(tmp_path, tmp_path / "found.json", 60.0, 4, show=0)
+    beside = step("beside", "echo $$ >{folder}/pid; sleep 77")
+    interrupts = step(
+        "interrupts", "until [ -s {folder}/pid ]; do sleep 0.02; done; kill -INT $PPID"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        check.run(
+            [step("before", "true", alone=True), beside, interrupts, step("late", "", alone=True)]
+        )
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["steps"][0]["state"] == "ok"
+    assert "late" not in {one["step"] for one in found["steps"]}
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
 def test_a_step_for_which_no_time_is_left_is_not_started(tmp_path: Path) -> None:
     late = step("late", "touch {own}/here", limit=30.0)
     code, _, steps = run(tmp_path, late, budget=5.0)
@@ -180,7 +197,7 @@ def test_every_file_of_tests_gpu_has_a_step() -> None:
         assert str(file.relative_to(ROOT)) in named
 
 
-@pytest.mark.parametrize("name", ["rl_hf", "rl_vllm"])
+@pytest.mark.parametrize("name", ["rl_hf", "rl_float8"])
 def test_the_tiny_runs_have_valid_configs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
