@@ -118,13 +118,17 @@ def test_layers_that_are_recomputed_in_float8_learn_the_same(
             assert torch.equal(gradient, other["gradients"][name]), name
 
 
-@pytest.mark.parametrize("fp8", [{"recipe": "blockwise"}, DELAYED], ids=["blockwise", "delayed"])
+@pytest.mark.parametrize(
+    ("model", "fp8"),
+    [("qwen3", {"recipe": "blockwise"}), ("qwen3_moe", DELAYED)],
+    ids=["blockwise", "delayed"],
+)
 def test_a_run_in_float8_goes_on_from_its_checkpoint_to_the_bit(
-    fp8: dict, folders: Mapping[str, Path], tmp_path: Path, te: Ranks
+    model: str, fp8: dict, folders: Mapping[str, Path], tmp_path: Path, te: Ranks
 ) -> None:
     """The scales of delayed scaling too, though the last pass before it was in bfloat16."""
     settings = {**float8_cases.SETTINGS, "fp8": fp8}
-    given = (folders["qwen3_moe"], tmp_path, settings)
+    given = (folders[model], tmp_path, settings)
     whole = run(te, checkpoint_cases.save_in_the_middle, *given)
     resumed, _ = run(te, checkpoint_cases.resume, *given)
     np.testing.assert_equal(resumed, whole)
