@@ -10,7 +10,7 @@ of unequal length lasts about as long as its longest: lengths are spread as `Len
 from dataclasses import dataclass
 from math import ceil, inf
 
-from megasd.planner.memory import Memory, Scenario, cache_bytes, engine_weight_bytes
+from megasd.planner.memory import Scenario, cache_bytes, engine_weight_bytes
 
 POINTS = 64  # of the integral over the positions of a response
 
@@ -89,8 +89,9 @@ class Decoder:
         return own + model.layers * layer
 
 
-def rollout_seconds(scenario: Scenario, memory: Memory) -> float:
-    """Prompts once, then one token of every running sequence at a time."""
+def rollout_seconds(scenario: Scenario, room: int) -> float:
+    """Prompts once, then one token of every running sequence at a time; `room`: bytes of caches
+    on each GPU of an engine."""
     config, machine = scenario.config, scenario.machine
     rollout, vllm = config.rollout, config.rollout.vllm
     is_hf = rollout.engine == "hf"
@@ -101,7 +102,7 @@ def rollout_seconds(scenario: Scenario, memory: Memory) -> float:
         engines = machine.count // tensor if scenario.has_vllm_here else vllm.engines
     sequences = scenario.rollouts / max(1, engines)
     decoder = Decoder(scenario, tensor, is_hf)
-    decode = _batches(decoder, sequences) if is_hf else _continuous(decoder, memory, sequences)
+    decode = _batches(decoder, sequences) if is_hf else _continuous(decoder, room, sequences)
     prompts = rollout.prompts_per_step * scenario.mean_prompt / max(1, engines)
     active = scenario.model.layers * scenario.model.active_weights
     reached = scenario.assumed.prefill_flops
@@ -116,16 +117,14 @@ def _batches(decoder: Decoder, sequences: float) -> float:
     return ceil(sequences / running) * config.max_response_tokens * step
 
 
-def _continuous(decoder: Decoder, memory: Memory, sequences: float) -> float:
+def _continuous(decoder: Decoder, room: int, sequences: float) -> float:
     """As many sequences as may run, with new ones where others end; then those that are left."""
     scenario = decoder.scenario
     longest, lengths = scenario.config.rollout.max_response_tokens, _lengths(scenario)
     cached = cache_bytes(scenario, decoder.tensor)
     # Of those that start together: where all their caches take most.
     peak = max(lengths.running(x) * _context(scenario, x) for x in points()) * cached
-    running = min(
-        sequences, scenario.config.rollout.vllm.max_sequences, memory.cache_room / max(1.0, peak)
-    )
+    running = min(sequences, scenario.config.rollout.vllm.max_sequences, room / max(1.0, peak))
     running = max(1.0, running)
     steady = decoder.step_seconds(running, _context(scenario, lengths.mean_position))
     replaced = (sequences - running) / running * scenario.mean_response * steady

@@ -69,7 +69,7 @@ def duration(
         for one in _score_passes(scenario)
     )
     if rollout is None:
-        rollout = rollout_seconds(scenario, memory)
+        rollout = rollout_seconds(scenario, memory.cache_room)
     ranks = machine.count / scenario.replicas
     return Duration(
         sync=_sync(scenario) if samples and with_sync else 0.0,

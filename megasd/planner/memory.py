@@ -319,10 +319,7 @@ def _engine(scenario: Scenario, stage: int) -> dict[str, float]:
     capacity = scenario.machine.gpu.memory_bytes
     weights = engine_weight_bytes(scenario)
     asleep = scenario.assumed.asleep_engine_gib * GIB
-    claim = vllm.gpu_memory_utilization * capacity
-    room = max(0.0, claim - weights - asleep)
-    if vllm.kv_cache_gib is not None:
-        room = vllm.kv_cache_gib * GIB
+    claim, room = vllm.gpu_memory_utilization * capacity, cache_room(scenario)
     taken["cache_room"] = room
     taken["cache_needed"] = sequence * cache_bytes(scenario, vllm.tensor)
     if not scenario.has_vllm_here:
@@ -333,6 +330,15 @@ def _engine(scenario: Scenario, stage: int) -> dict[str, float]:
         "engine_asleep": asleep,
         "engine_claim": claim,
     }
+
+
+def cache_room(scenario: Scenario) -> int:
+    """Of a vLLM engine, for keys and values on each of its GPUs."""
+    vllm, assumed = scenario.config.rollout.vllm, scenario.assumed
+    if vllm.kv_cache_gib is not None:
+        return int(vllm.kv_cache_gib * GIB)
+    claim = vllm.gpu_memory_utilization * scenario.machine.gpu.memory_bytes
+    return int(max(0, claim - engine_weight_bytes(scenario) - assumed.asleep_engine_gib * GIB))
 
 
 def cache_bytes(scenario: Scenario, tensor: int) -> int:

@@ -21,7 +21,7 @@ from megasd.configuration.validate import (
 from megasd.planner.decoding import rollout_seconds
 from megasd.planner.duration import Duration, duration
 from megasd.planner.hardware import GPUS_PER_NODE
-from megasd.planner.memory import Memory, Scenario, memory
+from megasd.planner.memory import Memory, Scenario, cache_room, memory
 from megasd.policy.checks import check_cut, check_experts, check_layout
 from megasd.rollout.checks import check_engines
 
@@ -140,16 +140,31 @@ def _search(scenario: Scenario, start: Config, known: "Known") -> list[Layout]:
     best: dict[Any, Layout] = {}
     rank = _rank(scenario)
     for config in _trainers(replace(scenario, config=start)):
-        for engines in _engines(replace(scenario, config=config)):
-            layout = _layout(scenario, engines, known)
-            key = engines.parallel
-            if layout is not None and (key not in best or rank(layout) < rank(best[key])):
-                best[key] = layout
+        key = config.parallel
+        for seconds, engines in _engines(replace(scenario, config=config), known):
+            if key in best and seconds > best[key].duration.total:
+                break  # the quickest come first
+            if (layout := _layout(scenario, engines, known)) is not None:
+                if key not in best or rank(layout) < rank(best[key]):
+                    best[key] = layout
+                break
     return list(best.values())
 
 
 Known = dict[tuple[Any, ...], float]
 """Seconds in which engines of vLLM sample: they do not depend on the trainer beside them."""
+
+
+def _sampling(scenario: Scenario, known: Known) -> float | None:
+    """None for another engine than vLLM."""
+    vllm = scenario.config.rollout.vllm
+    if scenario.config.rollout.engine != "vllm":
+        return None
+    room = cache_room(scenario)
+    engine = (vllm.tensor, vllm.placement, vllm.engines, vllm.quantization, room)
+    if engine not in known:
+        known[engine] = rollout_seconds(scenario, room)
+    return known[engine]
 
 
 def _layout(scenario: Scenario, config: Config, known: Known) -> Layout | None:
@@ -158,18 +173,11 @@ def _layout(scenario: Scenario, config: Config, known: Known) -> Layout | None:
     held = memory(tried)
     if not held.fits:
         return None
-    rollout = None
-    if config.rollout.engine == "vllm":
-        vllm = config.rollout.vllm
-        engine = (vllm.tensor, vllm.placement, vllm.engines, vllm.quantization, held.cache_room)
-        if engine not in known:
-            known[engine] = rollout_seconds(tried, held)
-        rollout = known[engine]
     return Layout(
         overrides=_overrides(scenario.config, config),
         config=config,
         memory=held,
-        duration=duration(tried, held, with_sync=False, rollout=rollout),
+        duration=duration(tried, held, with_sync=False, rollout=_sampling(tried, known)),
         gpus=tried.gpus,
     )
 
@@ -211,19 +219,19 @@ def _trainers(scenario: Scenario) -> Iterator[Config]:
             yield replace(candidate, model=replace(config.model, recompute=recompute))
 
 
-def _engines(scenario: Scenario) -> Iterator[Config]:
+def _engines(scenario: Scenario, known: Known) -> list[tuple[float, Config]]:
     """Every size of a colocated engine, with the largest share of memory that fits beside it, or
-    beside what is left of the trainer when its memory is lent."""
+    beside what is left of the trainer when its memory is lent: those with the fewest seconds of a
+    step first."""
     config, vllm = scenario.config, scenario.config.rollout.vllm
     if not scenario.has_vllm_here:
-        if not _engine_faults(scenario):
-            yield config
-        return
+        return [] if _engine_faults(scenario) else [(0.0, config)]
     empty = replace(vllm, gpu_memory_utilization=0.0, kv_cache_gib=0.0, park_trainer=True)
     held = memory(replace(scenario, config=_with_vllm(config, empty)))
     if max(held.phases["score"], held.phases["update"]) > held.capacity:
-        return  # whatever the engine
-    room = held.capacity - held.standing - held.margin
+        return []  # whatever the engine
+    lending = duration(scenario, held, with_sync=False, rollout=0.0)
+    room, found = held.capacity - held.standing - held.margin, []
     for tensor in ENGINE_TENSOR:
         shares_experts = bool(scenario.model.experts) and tensor > 1
         sized = replace(vllm, tensor=tensor, expert_parallel=shares_experts)
@@ -232,9 +240,14 @@ def _engines(scenario: Scenario) -> Iterator[Config]:
         for is_lent in sorted({vllm.park_trainer, True}):
             free = room + (held.parked if is_lent else 0)
             share = next((share for share in SHARES if share * held.capacity <= free), None)
-            if share is not None:
-                lent = replace(sized, park_trainer=is_lent, gpu_memory_utilization=share)
-                yield _with_vllm(config, lent)
+            if share is None:
+                continue
+            lent = replace(sized, park_trainer=is_lent, gpu_memory_utilization=share)
+            tried = _with_vllm(config, lent)
+            seconds = lending.total - (0.0 if is_lent else lending.rollout)
+            seconds += _sampling(replace(scenario, config=tried), known) or 0.0
+            found.append((round(seconds, 1), is_lent, tensor, tried))
+    return [(seconds, tried) for seconds, *_, tried in sorted(found, key=lambda one: one[:3])]
 
 
 def _with_vllm(config: Config, vllm: Any) -> Config:

@@ -10,7 +10,7 @@ import megasd
 from megasd.planner import published
 from megasd.planner.decoding import Decoder, Lengths, rollout_seconds
 from megasd.planner.duration import Duration, duration
-from megasd.planner.memory import Memory, Scenario, memory
+from megasd.planner.memory import Scenario, memory
 from megasd.planner.passes import Pass
 from megasd.planner.published import PHASES, STEPS, Step
 from megasd.planner.sync import reload_seconds
@@ -34,8 +34,7 @@ def changed(start: Scenario, section: str, **values: Any) -> Scenario:
 
 
 def rollout(start: Scenario, *, room: int = 200 * 2**30) -> float:
-    held: Memory = dataclasses.replace(memory(start), cache_room=room)
-    return rollout_seconds(start, held)
+    return rollout_seconds(start, room)
 
 
 def timed(start: Scenario) -> Duration:
