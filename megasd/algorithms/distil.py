@@ -91,7 +91,7 @@ class DistIL(Algorithm):
             advantages = torch.where(has_future, mean - future, 0.0)
         return credit._replace(
             advantages=torch.where(is_used, advantages, 0.0),
-            metrics={"future_credit": future[is_used].double().mean().item()},
+            metrics={"future_credit": future[is_used].mean(dtype=torch.float64).item()},
         )
 
     def cross_entropies(self, student: StudentOutput, batch: ResponseBatch) -> PerToken:
