@@ -41,14 +41,13 @@ BUDGET, LEAST = 600.0, 10.0  # seconds: of all steps; with less left no step is 
 PYTEST = "{python} -m pytest -p no:cacheprovider -q -s --tb=short --durations=5"
 BENCH = "{python} tools/bench_gpu.py"
 RL = (
-    "test -e {folder}/inputs/heldout.jsonl"
-    " || {python} tools/make_quickstart_data.py {folder}/inputs"
+    "{python} tools/make_quickstart_data.py {own}/inputs"
     " && {python} tools/make_tiny_model.py {own}/model"
     " --hidden 256 --heads 4 --kv-heads 2 --head-dim 64 --intermediate 512"
     " && {python} -m megasd.cli train configs/quickstart.yaml"
     " run.device=cuda run.name=run run.directory={own} run.steps=6 model.path={own}/model"
-    " model.dtype=bfloat16 data.files=[{folder}/inputs/rl.jsonl]"
-    " evaluation.files=[{folder}/inputs/heldout.jsonl] evaluation.every=6 evaluation.samples=1"
+    " model.dtype=bfloat16 data.files=[{own}/inputs/rl.jsonl]"
+    " evaluation.files=[{own}/inputs/heldout.jsonl] evaluation.every=6 evaluation.samples=1"
     " checkpoint.every=3 optimizer.warmup_steps=2"
     " algorithm.name=opsd"  # learns from what a random model writes: no reward is needed
 )
@@ -110,7 +109,17 @@ STEPS = (
     Step(name="bench_head", limit=60, command=f"{BENCH} head", alone=True),
     Step(name="bench_passes", limit=90, command=f"{BENCH} passes", alone=True),
     tests("vllm_dense", 120, f"'{SLEPT}[dense]'", needs=VLLM, alone=True),
-    Step(name="rl_vllm", limit=150, command=RL + WITH_VLLM + SPEED, needs=VLLM, alone=True),
+    Step(name="rl_vllm", limit=180, command=RL + WITH_VLLM + SPEED, needs=VLLM),
+    Step(
+        name="rl_float8",
+        limit=180,
+        command=RL + WITH_VLLM + IN_FLOAT8 + SPEED,
+        needs=VLLM + ENGINE,
+    ),
+    tests("vllm_float8", 180, FLOAT8, needs=VLLM),
+    # Without the tests that start processes of their own.
+    tests("one_process", 240, f"tests/gpu {FRESH}"),
+    tests("vllm_moe", 120, f"'{SLEPT}[moe]'", needs=VLLM, alone=True),
     Step(
         name="bench_float8",
         limit=60,
@@ -118,17 +127,6 @@ STEPS = (
         needs=ENGINE,
         alone=True,
     ),
-    tests("vllm_moe", 120, f"'{SLEPT}[moe]'", needs=VLLM, alone=True),
-    tests("vllm_float8", 150, FLOAT8, needs=VLLM, alone=True),
-    Step(
-        name="rl_float8",
-        limit=150,
-        command=RL + WITH_VLLM + IN_FLOAT8 + SPEED,
-        needs=VLLM + ENGINE,
-        alone=True,
-    ),
-    # Without the tests that start processes of their own.
-    tests("one_process", 200, f"tests/gpu {FRESH}", alone=True),
 )
 
 
