@@ -80,7 +80,7 @@ def _launched(run: Callable[[], Any]) -> Counter[str]:
 
 def one_step_of_each_method(folder: Path, methods: Mapping[str, Any]) -> dict[str, Any]:
     methods_cases.STEPS = 1
-    return methods_cases.train_methods(folder, {"eps": 1e-6}, methods)
+    return methods_cases.train_methods(folder, {"eps": 1e-6, "max_tokens": 400}, methods)
 
 
 def swap_teachers(folder: Path, settings: Mapping[str, Any]) -> dict[str, list[np.ndarray]]:

@@ -1,4 +1,4 @@
-"""The process that has Transformer Engine, and models for it."""
+"""The processes that have Transformer Engine, and models for them."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ from tests.te_stub import cases, stand_in
 
 @pytest.fixture(scope="session")
 def te() -> Iterator[Ranks]:
-    """One process, spawned once: whoever imports Megatron in it gets Transformer Engine."""
+    """Two processes, spawned once: whoever imports Megatron in one gets Transformer Engine."""
     if not stand_in.is_installed():
         pytest.skip("Transformer Engine's Python is not in .venv: run tools/setup.sh")
-    process = Ranks(size=1, has_imports=False)
-    yield process
-    process.close()
+    processes = Ranks(size=2, has_imports=False)
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

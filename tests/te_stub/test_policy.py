@@ -54,29 +54,34 @@ def made_of(folder: Path, te: Ranks) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        *((model, {}) for model in MODELS),
+        ("qwen3", {"tensor": 2, "sequence": True}),
+        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "alone",
+)
 def test_it_scores_and_learns_as_hugging_face_does(
-    model: str, folders: Mapping[str, Path], te: Ranks
+    model: str, layout: dict, folders: Mapping[str, Path], te: Ranks
 ) -> None:
     folder = folders[model]
     expected = reference(folder)
-    settings = {"max_tokens": 60}
-    (ours,) = te.run(
-        *(with_transformer_engine, policy_cases.score_and_learn, folder, settings, 5, 121),
-        world_size=1,
-    )
-    for when in ("before", "after"):
-        for name, mine, theirs in zip(
-            ("logprobs", "entropy"), ours[when], expected[when], strict=False
-        ):
-            np.testing.assert_allclose(mine, theirs, atol=5e-6, err_msg=f"{when}: {name}")
-    losses = [metrics["loss"] for metrics in ours["metrics"]]
-    np.testing.assert_allclose(losses, expected["loss"], rtol=1e-5, atol=1e-6)
-    norms = [metrics["grad_norm"] for metrics in ours["metrics"]]
-    np.testing.assert_allclose(norms, expected["norm"], rtol=1e-5)
-    assert ours["weights"].keys() == expected["weights"].keys()
-    for name, theirs in expected["weights"].items():
-        np.testing.assert_allclose(ours["weights"][name], theirs, atol=2e-5, err_msg=name)
+    given = (policy_cases.score_and_learn, folder, {"max_tokens": 60, **layout}, 5, 121)
+    for ours in te.run(with_transformer_engine, *given, world_size=layout.get("tensor", 1)):
+        for when in ("before", "after"):
+            for name, mine, theirs in zip(
+                ("logprobs", "entropy"), ours[when], expected[when], strict=False
+            ):
+                np.testing.assert_allclose(mine, theirs, atol=5e-6, err_msg=f"{when}: {name}")
+        losses = [metrics["loss"] for metrics in ours["metrics"]]
+        np.testing.assert_allclose(losses, expected["loss"], rtol=1e-5, atol=1e-6)
+        norms = [metrics["grad_norm"] for metrics in ours["metrics"]]
+        np.testing.assert_allclose(norms, expected["norm"], rtol=1e-5)
+        assert ours["weights"].keys() == expected["weights"].keys()
+        for name, theirs in expected["weights"].items():
+            np.testing.assert_allclose(ours["weights"][name], theirs, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("model", MODELS)

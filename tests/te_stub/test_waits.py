@@ -13,7 +13,7 @@ from tests.distributed.test_methods import methods
 from tests.te_stub import cases, waits
 from tests.te_stub.cases import with_transformer_engine
 
-SETTINGS = {"dtype": "bfloat16", "max_tokens": 60}  # several micro-batches in each pass
+SETTINGS = {"dtype": "bfloat16", "max_tokens": 200}  # some passes are of several micro-batches
 LAYERS = 2
 
 
@@ -42,7 +42,7 @@ def test_dense_micro_batches_wait_for_nothing_whatever_the_method(
 ) -> None:
     given = (cases.waits_of_passes, folders["qwen3"], SETTINGS, methods())
     ((microbatches, found),) = te.run(with_transformer_engine, *given, world_size=1)
-    assert microbatches > 5 * len(methods())
+    assert microbatches > 3 * len(methods())
     assert not found
 
 
