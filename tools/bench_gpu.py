@@ -43,13 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command == "machine":
         report(measure_machine(device, **options))
     elif command == "head":
-        report(measure_head(device, **options))
+        for figures in measure_head(device, **options):
+            report(figures)
     elif command == "run":
         report(last_step(options["folder"]))
     else:
         layers = options.pop("layers")
         with tempfile.TemporaryDirectory() as folder:
-            report(measure_passes(device, slice_of_8b(Path(folder), layers), **options))
+            for figures in measure_passes(device, slice_of_8b(Path(folder), layers), **options):
+                report(figures)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -169,8 +171,8 @@ def measure_machine(device: str, *, size: int, repeats: int) -> dict[str, Any]:
 
 def measure_head(
     device: str, *, tokens: int, hidden: int, vocab: int, repeats: int
-) -> dict[str, Any]:
-    """Log-probs, and full divergences, with the gradients of hidden states and weight."""
+) -> Iterator[dict[str, Any]]:
+    """Log-probs, full divergences, then the heads of others: figures as soon as they are known."""
     import torch
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -182,18 +184,18 @@ def measure_head(
     targets = torch.randint(vocab, (tokens,), device=device)
     products = _product_seconds(states, weight, device, repeats)
     forward, backward = products["logits"], sum(products.values())  # which makes logits again
-    figures: dict[str, Any] = {
+    floors = {
         "floor_forward": rounded(forward),
         "floor_step": rounded(forward + backward),
         "floor_divergence": rounded(2 * (2 * forward) + forward + backward),
     }
+    yield floors
     if gpu := peak(device):
         flops = 2 * tokens * hidden * vocab
-        figures["product_of_peak"] = rounded(flops / forward / gpu.bf16_flops)
-    figures |= _our_head(states, weight, targets, device, repeats, figures)
-    figures |= _our_divergences(states, weight, device, repeats, figures)
-    figures |= _other_heads(states, weight, targets, device, repeats)
-    return figures
+        yield {"product_of_peak": rounded(flops / forward / gpu.bf16_flops)}
+    yield _our_head(states, weight, targets, device, repeats, floors)
+    yield _our_divergences(states, weight, device, repeats, floors)
+    yield from _other_heads(states, weight, targets, device, repeats)
 
 
 def _product_seconds(
@@ -291,10 +293,9 @@ def _our_divergences(
 
 def _other_heads(
     states: "Tensor", weight: "Tensor", targets: "Tensor", device: str, repeats: int
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """A step of the cross-entropy of others, where installed; a failure is a figure too."""
     read, learns = states.clone().requires_grad_(), weight.clone().requires_grad_()
-    figures: dict[str, Any] = {}
     for name, make in OTHERS.items():
         try:
             loss = make()
@@ -307,11 +308,11 @@ def _other_heads(
 
         try:
             with extra_memory(device) as extra:
-                figures[f"{name}_step"] = rounded(median_seconds(step, device, repeats))
-            figures |= {f"{name}_{key}": value for key, value in extra.items()}
+                seconds = median_seconds(step, device, repeats)
+            found = {"step": rounded(seconds), **extra}
+            yield {f"{name}_{key}": value for key, value in found.items()}
         except Exception as error:
-            figures[f"{name}_failed"] = f"{type(error).__name__}: {error}"[:200]
-    return figures
+            yield {f"{name}_failed": f"{type(error).__name__}: {error}"[:200]}
 
 
 def _plain() -> Callable[..., "Tensor"]:
@@ -374,7 +375,7 @@ def measure_passes(
     microbatches: int,
     repeats: int,
     fp8: "Recipe | None" = None,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Scoring and a step over micro-batches of `tokens`, in sequences of `length`.
 
     MFU: of a pass, the products of layers, attention (half of it is masked) and head that a model
@@ -387,12 +388,6 @@ def measure_passes(
     read, learn, responses = _steps(
         policy, count=microbatches * tokens // length, length=length, prompt=prompt
     )
-    figures: dict[str, Any] = {"score": rounded(median_seconds(read, device, repeats))}
-    with extra_memory(device) as extra:
-        figures["update"] = rounded(median_seconds(learn, device, repeats))
-    figures |= {f"update_{key}": value for key, value in extra.items()}
-    optimizer = policy.state.optimizer
-    figures["optimizer"] = rounded(median_seconds(optimizer.step, device, repeats))
     work = Pass(
         model=Model.of(policy.hf_config),
         tokens=microbatches * tokens,
@@ -400,15 +395,21 @@ def measure_passes(
         length=length,
         backwards=1,
     )
-    flops = work.model_flops()
-    figures["update_tflop"] = rounded(flops / 1e12)
-    if gpu := peak(device):
-        per_step = gpu.bf16_flops * figures["update"]
-        figures["score_mfu"] = rounded(flops / 3 / (gpu.bf16_flops * figures["score"]))
-        figures["update_mfu"] = rounded(flops / per_step)
-        share = 1 - figures["optimizer"] / figures["update"]
-        figures["update_mfu_without_optimizer"] = rounded(flops / (per_step * share))
-    return figures
+    flops, gpu = work.model_flops(), peak(device)
+
+    def mfu(name: str, flops: float, seconds: float) -> dict[str, float]:
+        return {name: rounded(flops / seconds / gpu.bf16_flops)} if gpu else {}
+
+    score = median_seconds(read, device, repeats)
+    yield {"score": rounded(score), **mfu("score_mfu", flops / 3, score)}
+    learn()  # and the optimizer has its state
+    with extra_memory(device) as extra:
+        update = median_seconds(learn, device, repeats)
+    yield {"update": rounded(update), "update_tflop": rounded(flops / 1e12)}
+    yield mfu("update_mfu", flops, update) | {f"update_{k}": v for k, v in extra.items()}
+    optimizer = median_seconds(policy.state.optimizer.step, device, repeats)
+    yield {"optimizer": rounded(optimizer)}
+    yield mfu("update_mfu_without_optimizer", flops, update - optimizer)
 
 
 def _random_policy(device: str, folder: Path, *, tokens: int, fp8: "Recipe | None") -> "Policy":

@@ -106,7 +106,7 @@ STEPS = (
     tests("backend", 120, "tests/gpu/test_backend.py"),
     tests("places", 60, "tests/gpu/test_places.py"),
     tests("doctor_tests", 90, "tests/gpu/test_doctor.py"),
-    Step(name="bench_head", limit=60, command=f"{BENCH} head", alone=True),
+    Step(name="bench_head", limit=90, command=f"{BENCH} head", alone=True),
     Step(name="bench_passes", limit=90, command=f"{BENCH} passes", alone=True),
     tests("vllm_dense", 120, f"'{SLEPT}[dense]'", needs=VLLM, alone=True),
     Step(name="rl_vllm", limit=180, command=RL + WITH_VLLM + SPEED, needs=VLLM),

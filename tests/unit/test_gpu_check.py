@@ -10,6 +10,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import bench_gpu
 import gpu_check
@@ -21,6 +22,8 @@ from gpu_check import STEPS, Check, Step
 
 from megasd.configuration.load import read_config
 from megasd.configuration.validate import validate
+from megasd.planner.model import Model
+from megasd.weights.hf_folder import HFFolder, read_hf_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -226,18 +229,41 @@ def test_the_tiny_runs_have_valid_configs(
     assert validate(loaded, world_size=1, new_run=True, will_run_here=False) == []
 
 
-def test_head_and_machine_are_measured_on_a_cpu_too() -> None:
-    head = bench_gpu.measure_head("cpu", tokens=24, hidden=16, vocab=100, repeats=1)
+def figures_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """That gpu_check gathers of what bench_gpu prints."""
+    bench_gpu.main(["--device", "cpu", "--repeats", "1", *arguments])
+    return gpu_check.figures_in(capsys.readouterr().out)
+
+
+def test_head_and_machine_are_measured_on_a_cpu_too(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--tokens", "24", "--hidden", "16", "--vocab", "100")
+    head = figures_of(capsys, "head", *sizes)
     for name in ("torch_step", "jsd_step", "reverse_kl_step", "plain_step", "floor_divergence"):
         assert head[name] > 0
     assert head["torch_step_of_floor"] == pytest.approx(
         head["torch_step"] / head["floor_step"], rel=1e-2
     )
     assert not any("failed" in name for name in head)
-    machine = bench_gpu.measure_machine("cpu", size=32, repeats=1)
+    machine = figures_of(capsys, "machine", "--size", "32")
     assert machine["torch"] == torch.__version__
     assert machine["product_tflops"] > 0
     assert bench_gpu.peak("cpu") is None
+
+
+def test_the_passes_are_those_of_layers_of_qwen3_8b(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Themselves they are measured in tests/distributed, of a smaller model."""
+
+    def measure(device: str, folder: Path, **_: Any) -> Any:
+        model = Model.of(read_hf_config(folder))
+        assert HFFolder(folder).problems(model.table) == []
+        yield {"layers": model.layers, "head": model.head_weights}
+
+    takes = create_autospec(bench_gpu.measure_passes, side_effect=measure)
+    monkeypatch.setattr(bench_gpu, "measure_passes", takes)
+    found = figures_of(capsys, "passes", "--layers", "2", "--fp8", "blockwise")
+    assert found == {"layers": 2, "head": 4096 * 151_936}
 
 
 def test_the_figures_of_a_run_are_those_of_its_last_step(tmp_path: Path) -> None:
