@@ -133,6 +133,12 @@ def _properties(*_: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="a stand-in")
 
 
+class _Done:
+    """What is left to wait for of collectives that gloo, which cannot coalesce, has run at once."""
+
+    def wait(self) -> None: ...
+
+
 def _torch_on_hopper() -> types.ModuleType:
     """Megatron's stand-in for torch on a CPU (policy/megatron/cpu.py), and a GPU that is there."""
     from megasd.policy.megatron import cpu
@@ -146,6 +152,8 @@ def _torch_on_hopper() -> types.ModuleType:
         "is_current_stream_capturing": lambda: False,
     }
     stand_in.cuda.__dict__.update(answers)
+    one_by_one = {"_coalescing_manager": lambda **_: contextlib.nullcontext(_Done())}
+    stand_in.__dict__["distributed"] = cpu._StandIn(torch.distributed, one_by_one)
     stand_in.__dict__["version"] = types.SimpleNamespace(cuda="13.0", hip=None)
     return stand_in
 

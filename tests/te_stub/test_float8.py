@@ -148,3 +148,22 @@ def test_a_ranks_share_of_the_tokens_is_one_that_transformer_engine_gathers(te: 
     assert all(run(te, float8_cases.what_is_taken, shares).values())
     halves = {"blockwise": shares["blockwise"] // 2, "tensorwise": 4, "delayed": 4}
     assert not any(run(te, float8_cases.what_is_taken, halves).values())
+
+
+def test_what_ranks_gather_in_float8_is_what_one_that_has_all_would_quantize(
+    tmp_path: Path, te: Ranks
+) -> None:
+    """Of blocks: sequence parallelism sends bytes and scales, and changes no log-prob."""
+    sizes: Any = {"hidden": 256, "heads": 2, "kv_heads": 2, "head_dim": 128, "intermediate": 256}
+    folder = tiny_qwen3(tmp_path, vocab=float8_cases.VOCABULARY, norm_spread=0.2, **sizes)
+    settings = {"tensor": 2, "max_tokens": 300, "fp8": {"train": False, "meter_every": 0}}
+    cut, whole = (
+        te.run(
+            with_transformer_engine,
+            *(float8_cases.passes, folder, {**settings, "sequence": is_cut}),
+            world_size=2,
+        )
+        for is_cut in (True, False)
+    )
+    for one, other in zip(cut, whole, strict=True):
+        np.testing.assert_array_equal(one["scored"], other["scored"])
