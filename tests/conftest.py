@@ -17,7 +17,12 @@ def ranks() -> Iterator[Ranks]:
 
 # What takes minutes starts first, and unit tests fill up.
 _LONGEST = ("tests/distributed/", "tests/slurm/", "tests/end_to_end/test_resume.py")
-_LONGEST += ("tests/rollout/test_vllm_sync.py", "tests/rollout/", "tests/end_to_end/")
+_LONGEST += (
+    "tests/te_stub/",
+    "tests/rollout/test_vllm_sync.py",
+    "tests/rollout/",
+    "tests/end_to_end/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
