@@ -32,7 +32,9 @@ echo "$*" >>scontrol.calls
 case "$*" in
     "show hostnames"*) printf 'n1\nn2\n' ;;
     "show node"*) echo "NodeName=n1 NodeAddr=127.0.0.1 " ;;
-    "") cat >>scontrol.calls ;;
+    "") # commands from stdin, of which the last one fails where there is `lost`
+        cat >>scontrol.calls
+        [ ! -e lost ] || { sed -i '$d' scontrol.calls; echo "Job is pending" >&2; exit 1; } ;;
 esac
 """
 # The words of `squeue` in turn, an error for those in brackets.
@@ -75,12 +77,19 @@ class Job:
     """One attempt of a job, from beginning to end."""
 
     def __init__(
-        self, capsys: pytest.CaptureFixture[str], site: str = "", *arguments: str, **env: str
+        self,
+        capsys: pytest.CaptureFixture[str],
+        site: str = "",
+        *arguments: str,
+        avoids: str = "",
+        **env: str,
     ) -> None:
         write("site.yaml", f"python: {Path.cwd()}/bin/python\npreflight: false\n{site}")
         given = ["--site=site.yaml", "--gpus-per-node=2", "--dry-run", *arguments]
         assert main(["submit", "config.yaml", *given]) == 0, capsys.readouterr().err
-        write("job.sh", capsys.readouterr().out)
+        script = capsys.readouterr().out
+        assert script.count("\navoid=\n") == 1
+        write("job.sh", script.replace("\navoid=\n", f"\navoid={avoids}\n"))
         Path("runs/tried/submissions/001").mkdir(parents=True, exist_ok=True)
         environment = {"PATH": f"{Path.cwd()}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
         environment |= {"SLURM_JOB_NODELIST": "n[1-2]", **env}
@@ -125,6 +134,17 @@ def test_a_saved_run_goes_back_to_the_queue_though_slurm_is_away_for_a_while(
     assert "squeue fails, asking again for a while: slurm_load_jobs error: Unable" in job.log
     assert "requeue 7" in called("scontrol"), job.log
     assert len(called("squeue")) == 4
+
+
+def test_nodes_are_left_out_though_slurm_goes_away_behind_the_requeue(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write("code", "1")
+    write("squeue.answers", "RUNNING\n")
+    write("lost", "")
+    job = Job(capsys, avoids="n1")
+    assert called("scontrol")[-2:] == ["requeue 7", "update jobid=7 excnodelist=n1"], job.log
+    assert "refuses to requeue" not in job.log
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "[Invalid job id specified]", ""])
