@@ -2,6 +2,8 @@
 
 import gc
 
+_USUAL = gc.get_threshold()
+
 
 def begin() -> None:
     """Look for garbage seldom: to look through all that stays again and again is a fifth of it."""
@@ -12,4 +14,4 @@ def end() -> None:
     """Look for it as Python does, but not among what is there by now."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(700, 10, 10)
+    gc.set_threshold(*_USUAL)

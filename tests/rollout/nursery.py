@@ -2,7 +2,7 @@
 
 A nursery is a process whose fork server has vLLM imported. Engines and vLLM's own workers are
 forked from it, each engine with its workers in a process group of its own. tests/end_to_end,
-tests/slurm and agents start theirs as users do.
+tests/slurm and the agent that is killed start theirs as users do.
 """
 
 import contextlib
